@@ -1,0 +1,1100 @@
+"""
+The exam: data, tokenizer, dataloader, training clock and metric. It is fixed: the agent edits train.py only.
+
+    uv run prepare.py                                   # once: build the benchmark that suits this machine
+    uv run prepare.py --dataset local --text notes/     # or one from your own text; --help lists every flag
+
+A benchmark is a folder under $AUTORESEARCH_HOME (default ~/.cache/autoresearch): a tokenizer, packed rows of tokens for
+training, validation and a holdout, and benchmark.json with the constants that make two runs comparable. All of it is
+settled when it is prepared: nothing in the environment or in train.py changes a prepared exam.
+
+The metric is val_bpb, bits per byte of the validation text, lower is better. It does not depend on the vocabulary.
+
+Sections: Constants, Benchmark, Text, Download, Tokenizer, Packing, Build, Dataloader, Clock, Metric, Command line
+"""
+
+import argparse
+import base64
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+PROCESS_START = time.monotonic()  # before the imports that take seconds, so that total_seconds counts them
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants
+
+HOME = Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
+
+# fmt: off
+SETTINGS =     ("max_seq_len", "vocab_size", "time_budget", "val_rows", "holdout_rows", "long_documents")
+PRESETS = {
+    "climbmix":    (2048,          8192,         300,         10_240,     2_560,          "crop"),
+    "tinystories": (512,           4096,         300,          2_048,       512,          "split"),
+    "local":       (256,           4096,          60,            512,       256,          "split"),
+}
+# fmt: on
+REPOSITORIES = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
+VALIDATION_SHARD = 6542  # climbmix: the last shard, never trained on
+TINYSTORIES_FILES = ["tinystories_gpt4_clean.parquet"]
+DEFAULT_SHARDS = 10
+SEED = 42
+
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # after the merges; the first is BOS
+TOKENIZER_CHARACTERS = 1_000_000_000  # of training text for the tokenizer, at most ...
+TOKENIZER_DOCUMENT_CHARACTERS = 10_000  # ... and this many of one document
+
+PACKING_BUFFER = 1_000  # documents that best-fit packing chooses from
+DOCUMENT_BATCH = 128  # documents that enter that buffer together
+
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
+RECORD_SUFFIXES = (".jsonl", ".parquet")  # files of many documents
+FEW_GROUPS = 10  # with fewer groups of local text than this, files are cut into blocks of ...
+BLOCK_CHARACTERS = 65_536  # ... this size, each a group of its own
+CHARACTERS_PER_TOKEN = (4, 8, 16)  # guesses, tried in turn: how much text to set aside for validation and holdout
+
+DOWNLOAD_WORKERS = 4
+DOWNLOAD_ATTEMPTS = 4
+DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
+RETRY_SECONDS = 1.0  # before the second attempt; doubles with each
+
+LATE_LIMIT = 1.1  # a run that trained for longer than this many budgets is not scored
+MAX_LOGIT_BYTES = 2 << 30  # of one scoring step, in float32
+PROBE_ROWS = 8  # rows whose future the causality probe replaces
+PROBE_TOLERANCE = 0.02  # logits may move by this share of their standard deviation: bfloat16 noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One prepared exam: the constants of benchmark.json, where it lies, and the seed of this run."""
+
+    id: str
+    name: str  # climbmix, tinystories or local
+    max_seq_len: int  # T, tokens
+    vocab_size: int  # V, special tokens included
+    time_budget: float  # seconds of training
+    val_rows: int
+    holdout_rows: int
+    long_documents: str  # "crop" or "split"
+    path: Path
+    seed: int
+    prepared_by: str  # sha256 of the prepare.py that built it
+    rows_served: Counter = field(default_factory=Counter, compare=False)  # by the dataloaders, per split
+
+    def rows(self, split):
+        """The packed rows of "train", "val" or "holdout": uint16 [rows, T + 1], memory-mapped, read-only."""
+        return np.load(self.path / f"{split}.npy", mmap_mode="r")
+
+    def token_bytes(self):
+        """Raw byte length of every token, 0 for special tokens: int32 [V]."""
+        return np.load(self.path / "token_bytes.npy")
+
+
+def load_benchmark():
+    """
+    The benchmark that prepare.py built or chose last. Its seed is 42, or $AUTORESEARCH_SEED to repeat the same file.
+
+    Raises SystemExit, with a line that says how to mend it, if there is none or if its files are not whole.
+    """
+    try:
+        path = HOME / (HOME / "current").read_text().strip()
+        record = json.loads((path / "benchmark.json").read_text())
+    except FileNotFoundError:
+        raise SystemExit('no benchmark prepared: run "uv run prepare.py" first') from None
+    except ValueError:
+        raise SystemExit(broken(path, "benchmark.json is not valid JSON")) from None
+    if reason := find_damage(path, record):
+        raise SystemExit(broken(path, reason))
+    seed = os.environ.get("AUTORESEARCH_SEED", str(SEED))
+    if not seed.isdecimal():
+        raise SystemExit(f"AUTORESEARCH_SEED={seed}: must be a whole number")
+    return Benchmark(
+        id=record["id"],
+        name=record["dataset"],
+        path=path,
+        seed=int(seed),
+        prepared_by=record["prepare_sha256"],
+        **record["settings"],
+    )
+
+
+def find_damage(path, record, read_everything=False):
+    """What is wrong with a prepared benchmark, or None. Sizes are always compared, hashes when `read_everything`."""
+    try:
+        if not benchmark_id(record) == record["id"] == path.name:
+            return "benchmark.json was changed after it was prepared"
+        for name, file in record["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != file["bytes"]:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {file['bytes']}"
+            if read_everything and sha256(path / name) != file["sha256"]:
+                return f"{name} was changed after it was prepared"
+    except (KeyError, TypeError, AttributeError):
+        return "benchmark.json is incomplete"
+
+
+def broken(path, reason):
+    return f'benchmark {path.name} is damaged: {reason}; delete {path} and run "uv run prepare.py" again'
+
+
+def benchmark_id(record):
+    """Same id, same exam: it hashes every constant and the content of every file."""
+    content = json.dumps([record["dataset"], record["settings"], record["files"]], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    settings = record["settings"]
+    sizes = f"T{settings['max_seq_len']}-V{settings['vocab_size']}-{settings['time_budget']:g}s"
+    return f"{record['dataset']}-{sizes}-{digest}"
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Progress:
+    """A status line: rewritten in place on a terminal, a new line every `seconds` in a file, which agents `tail`."""
+
+    def __init__(self, seconds=10):
+        self.terminal = sys.stdout.isatty()
+        self.seconds = 0.2 if self.terminal else seconds
+        self.printed = time.monotonic() if not self.terminal else 0
+        self.width = 0
+
+    def __call__(self, line, last=False):
+        if last or time.monotonic() - self.printed >= self.seconds:
+            self.printed = time.monotonic()
+            print(f"\r{line:<{self.width}}" if self.terminal else line, end="\n" if last else self.end(), flush=True)
+            self.width = 0 if last else len(line)
+
+    def end(self):
+        return "" if self.terminal else "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text: every source is a stream of batches, and a batch is a list of documents (str) that stay on one side of the split
+
+
+def parquet_batches(path):
+    """Documents of column `text`, at most DOCUMENT_BATCH at a time and never across a row group."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
+                for start in range(0, len(texts), DOCUMENT_BATCH):
+                    yield [text or "" for text in texts[start : start + DOCUMENT_BATCH]]
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise SystemExit(f"{path}: not a parquet file with a column `text` ({first_line(error)})") from None
+
+
+def jsonl_batches(path):
+    """Documents of the `text` field of every line, at most DOCUMENT_BATCH at a time."""
+    with open(path, "rb") as lines:
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        while some := list(itertools.islice(numbered, DOCUMENT_BATCH)):
+            batch = []
+            for number, line in some:
+                try:
+                    batch.append(json.loads(line)["text"] + "")
+                except (ValueError, KeyError, TypeError):
+                    raise SystemExit(f"{path}:{number}: not a JSON object with a string `text`") from None
+            yield batch
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class LocalText:
+    """
+    Text files of the user's own, or by default the running Python's standard library without its test folders.
+
+    `batches()` yields a batch per group: a top-level package, folder or lone file, in the order of a hash of its name,
+    so that validation text is not a near-copy of training text. Records of .jsonl and .parquet files stand alone.
+    Exact duplicates are dropped; what is not UTF-8 or can't be read is skipped; both are counted in `counts`.
+    """
+
+    def __init__(self, paths):
+        self.groups = {}  # name -> files
+        self.counts = Counter()
+        skipped = ()
+        if not paths:
+            paths = [sysconfig.get_path("stdlib")]
+            skipped = ("test", "tests", "idle_test", "site-packages", "dist-packages")
+        for root in map(Path, paths):
+            if root.is_file():
+                self.groups.setdefault(root.name, []).append(root)
+            elif root.is_dir():
+                self.walk(root, skipped)
+            else:
+                raise SystemExit(f"--text {root}: no such file or folder")
+        if not self.groups:
+            raise SystemExit(f"--text {' '.join(map(str, paths))}: no {' '.join(TEXT_SUFFIXES)} file in there")
+        self.groups = dict(sorted(self.groups.items(), key=lambda group: hashlib.sha256(group[0].encode()).digest()))
+        self.in_blocks = len(self.groups) < FEW_GROUPS
+
+    def walk(self, root, skipped):
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = sorted(s for s in subfolders if s not in skipped and s[0] != "." and s != "__pycache__")
+            for file in (Path(folder, name) for name in sorted(names)):
+                wanted = file.suffix == ".py" if skipped else file.suffix in TEXT_SUFFIXES and file.name[0] != "."
+                if wanted and file.is_file():
+                    self.groups.setdefault(file.relative_to(root).parts[0], []).append(file)
+
+    def fingerprint(self):
+        """Changes when a file is added, removed or touched. Reads no content."""
+        files = [file for files in self.groups.values() for file in files]
+        stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+    def batches(self):
+        self.counts.clear()
+        seen = set()
+        for files in self.groups.values():
+            group = []
+            for file in files:
+                if file.suffix in RECORD_SUFFIXES:
+                    for batch in parquet_batches(file) if file.suffix == ".parquet" else jsonl_batches(file):
+                        yield self.distinct(batch, seen)
+                    continue
+                try:
+                    text = file.read_bytes().decode()  # no newline translation: bytes are counted as they are
+                except (OSError, UnicodeDecodeError):
+                    self.counts["skipped files"] += 1
+                    continue
+                if self.in_blocks:
+                    yield from ([block] for block in self.distinct(blocks(text), seen))
+                else:
+                    group += self.distinct([text], seen)
+            yield group
+
+    def distinct(self, texts, seen):
+        """The texts that are neither empty nor seen before."""
+        fresh = []
+        for text in texts:
+            try:
+                digest = hashlib.sha256(text.encode()).digest()[:16]
+            except UnicodeEncodeError:  # a lone surrogate, which only JSON can spell
+                self.counts["skipped documents"] += 1
+                continue
+            if text and digest not in seen:
+                fresh.append(text)
+            seen.add(digest)
+        self.counts["duplicates"] += len(texts) - len(fresh)
+        self.counts["documents"] += len(fresh)
+        return fresh
+
+
+def blocks(text):
+    """Cut a text after line ends into blocks of about BLOCK_CHARACTERS."""
+    start, cuts = 0, []
+    while start < len(text):
+        end = text.find("\n", start + BLOCK_CHARACTERS) + 1 or len(text)
+        cuts.append(text[start:end])
+        start = end
+    return cuts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Download
+
+
+def fetch(dataset, names):
+    """Download files of a Hugging Face dataset that are not here yet, in parallel. Returns their paths."""
+    folder = HOME / "downloads" / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        received = Counter()
+        progress = Progress()
+        with ThreadPoolExecutor(DOWNLOAD_WORKERS) as pool:
+            url = f"{endpoint}/datasets/{REPOSITORIES[dataset]}/resolve/main"
+            pending = {pool.submit(download, f"{url}/{name}", folder / name, received) for name in missing}
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                if any(future.exception() for future in done):
+                    received["stop"] = 1  # ends the other downloads; what they have stays for the next time
+                    pool.shutdown(cancel_futures=True)
+                for future in done:
+                    future.result()
+                state = f"{len(missing) - len(pending)} of {len(missing)} files, {sum(received.values()) / 1e6:,.0f} MB"
+                progress(f"downloading {dataset}: {state}", last=not pending)
+    return [folder / name for name in names]
+
+
+def download(url, path, received):
+    """
+    Fetch one parquet file; an interrupted download goes on where it stopped. The name appears only when it is whole.
+
+    Raises SystemExit, naming the file and the reason, when DOWNLOAD_ATTEMPTS in a row have failed.
+    """
+    import requests
+
+    part = path.with_name(path.name + ".part")
+    pause = RETRY_SECONDS
+    for attempt in range(DOWNLOAD_ATTEMPTS):
+        if attempt:
+            time.sleep(pause + random.random() * RETRY_SECONDS)
+            pause *= 2
+        if received["stop"]:
+            raise SystemExit("another download failed")
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
+                if response.status_code == 416:  # nothing lies beyond what we have, so what we have is not this file
+                    part.unlink()
+                    reason = "the part of it that was here did not match"
+                    continue
+                if not response.ok:
+                    reason = f"HTTP {response.status_code} {response.reason}"
+                    if response.status_code < 500 and response.status_code not in (408, 429):
+                        break
+                    if response.headers.get("Retry-After", "").isdecimal():
+                        pause = max(pause, min(60, int(response.headers["Retry-After"])))
+                    continue
+                have = have if response.status_code == 206 else 0
+                length = have + int(response.headers.get("Content-Length", -1))
+                with open(part, "ab" if have else "wb") as file:
+                    for chunk in response.iter_content(1 << 14):
+                        file.write(chunk)
+                        received[path.name] = file.tell()
+                        if received["stop"]:
+                            raise SystemExit("another download failed")
+            size = part.stat().st_size
+            if length >= have and size != length:
+                reason = f"{size} bytes arrived instead of {length}"
+                if size > length:
+                    part.unlink()
+                continue
+            next(parquet_batches(part), None)
+            os.replace(part, path)
+            return
+        except requests.RequestException as error:
+            reason = first_line(error)
+        except SystemExit as error:
+            if received["stop"]:
+                raise
+            part.unlink()  # whole but not a parquet file: nothing to go on from
+            reason = str(error)
+    raise SystemExit(
+        f"could not download {url}: {reason}\n"
+        "check the network, or name a mirror in HF_ENDPOINT, and run this again (it resumes); "
+        "offline, use --dataset local"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+class Tokenizer:
+    """
+    Byte-pair encoding: trained with rustbpe, used through tiktoken, stored as tiktoken's text (base64 token, rank).
+
+        tokenizer = Tokenizer.load(load_benchmark().path)
+        tokenizer.decode(tokenizer.encode("any text")) == "any text"
+    """
+
+    def __init__(self, ranks):
+        import tiktoken
+
+        self.ranks = ranks  # bytes -> id
+        specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.encoding = tiktoken.Encoding(
+            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+        self.vocab_size = len(ranks) + len(specials)
+        self.bos_id = len(ranks)
+
+    @classmethod
+    def train(cls, batches, vocab_size):
+        """Learn merges from batches of documents. Raises SystemExit if the text has too few for `vocab_size`."""
+        import rustbpe
+
+        def texts():
+            characters = 0
+            for text in itertools.chain.from_iterable(batches):
+                yield text[:TOKENIZER_DOCUMENT_CHARACTERS]
+                characters += min(len(text), TOKENIZER_DOCUMENT_CHARACTERS)
+                if characters >= TOKENIZER_CHARACTERS:
+                    return
+
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(texts(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+        if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
+            most = len(ranks) + len(SPECIAL_TOKENS)
+            raise SystemExit(f"--vocab-size {vocab_size}: the training text supports {most} at most; add text")
+        return cls(ranks)
+
+    @classmethod
+    def load(cls, folder):
+        """Read tokenizer.tiktoken in a benchmark's folder. (tiktoken's own loader would cache it by path.)"""
+        lines = (line.split() for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines())
+        return cls({base64.b64decode(token): int(rank) for token, rank in lines})
+
+    def save(self, folder):
+        lines = (base64.b64encode(token) + f" {rank}\n".encode() for token, rank in self.ranks.items())
+        (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+
+    def encode(self, text):
+        """Token ids of a str: uint16 [N], no BOS. Text that spells a special token is plain text."""
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except ValueError:  # the split pattern ran out of stack on a run of a million spaces: halve it
+            if len(text) < 2:
+                raise
+            half = len(text) // 2
+            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
+
+    def decode(self, ids):
+        """The str of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode([int(i) for i in ids])
+
+    def token_bytes(self):
+        """Raw byte length of every token, 0 for special tokens: int32 [V]. Never the length of a decoded string."""
+        lengths = [len(self.encoding.decode_single_token_bytes(i)) for i in range(self.bos_id)]
+        return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
+
+
+def encode_batches(tokenizer, batches):
+    """Tokenize batches of documents on all cores, in order, reading only a little ahead."""
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for batch in batches:
+            pending.append(pool.submit(lambda texts: [tokenizer.encode(text) for text in texts], batch))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def pack(batches, row_length, bos, split):
+    """
+    Best-fit packing: rows of exactly `row_length` tokens, every one of them real text.
+
+    A document is BOS and its tokens. Of the documents in the buffer the longest that fits the space left goes next (the
+    earliest among equals); when none fits, the shortest is cropped to fill the row. With `split`, documents longer than
+    a row come in row-sized pieces and the rest of a cropped one becomes a piece of its own (BOS first), so that no text
+    is lost but that of the last, incomplete row; without, the rest is thrown away. So every row starts with BOS.
+
+    Args: `batches` yields lists of token arrays without BOS; a list enters the buffer whole whenever that holds fewer
+    than PACKING_BUFFER documents. Yields uint16 [row_length].
+    """
+    batches = iter(batches)
+    keys = []  # sorted, length << 32 | order of arrival: bisection finds what a scan would
+    waiting = {}  # key -> tokens
+    arrivals = itertools.count()
+
+    def add(tokens):
+        key = (len(tokens) + 1) << 32 | next(arrivals)
+        insort(keys, key)
+        waiting[key] = tokens
+
+    while True:
+        row = np.full(row_length, bos, dtype=np.uint16)
+        filled = 0
+        while filled < row_length:
+            while len(keys) < PACKING_BUFFER and (batch := next(batches, None)) is not None:
+                for tokens in batch:
+                    piece = row_length - 1 if split else max(1, len(tokens))
+                    for start in range(0, max(1, len(tokens)), piece):
+                        add(tokens[start : start + piece])
+            if not keys:
+                return
+            space = row_length - filled
+            fits = bisect_left(keys, (space + 1) << 32) - 1
+            key = keys.pop(bisect_left(keys, keys[fits] >> 32 << 32) if fits >= 0 else 0)
+            tokens = waiting.pop(key)
+            taken = min(len(tokens), space - 1)
+            row[filled + 1 : filled + 1 + taken] = tokens[:taken]
+            filled += 1 + taken
+            if split and taken < len(tokens):
+                add(tokens[taken:])
+        yield row
+
+
+def take_rows(batches, count, row_length, bos, split):
+    """Pack as few whole batches as give `count` rows, so that no group of documents is on two sides of a split."""
+    taken, tokens = [], 0
+    for batch in batches:
+        taken.append(batch)
+        tokens += sum(len(document) + 1 for document in batch)
+        if tokens >= count * row_length:
+            rows = list(itertools.islice(pack(taken, row_length, bos, split), count))
+            if len(rows) == count:
+                return rows
+    return []
+
+
+def write_rows(path, rows, row_length):
+    """Stream rows into an .npy file; returns how many. The header has room for any count (numpy pads it for that)."""
+
+    def header(count):
+        fields = {"descr": "<u2", "fortran_order": False, "shape": (count, row_length)}
+        np.lib.format.write_array_header_1_0(file, fields)
+
+    with open(path, "wb") as file:
+        header(0)
+        count = 0
+        for count, row in enumerate(rows, 1):
+            file.write(row.astype("<u2", copy=False))
+        file.seek(0)
+        header(count)
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Build
+
+
+def build(dataset, settings, local_text, num_shards):
+    """Write a benchmark's files into the folder .building under HOME. Returns the folder and what was counted."""
+    folder = HOME / ".building"
+    shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed; the lock says that nobody is at it
+    folder.mkdir()
+    vocab_size, row_length = settings["vocab_size"], settings["max_seq_len"] + 1
+    wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"]}
+    split = settings["long_documents"] == "split"
+    seen = Counter()  # tokenized so far
+    too_small = (
+        f"text too small: {wanted['val']} validation and {wanted['holdout']} holdout rows of {row_length - 1} tokens "
+        "leave nothing to train on; add text, or lower --val-rows and --holdout-rows"
+    )
+
+    def tokenized(batches):
+        for batch in encode_batches(tokenizer, batches):
+            seen.update(batches=1, documents=len(batch))
+            yield batch
+
+    if dataset == "climbmix":  # the protocol of the reference project: one stream of rows from a shard of its own
+        *shards, validation = fetch(dataset, [f"shard_{i:05}.parquet" for i in (*range(num_shards), VALIDATION_SHARD)])
+        tokenizer = Tokenizer.train(itertools.chain.from_iterable(map(parquet_batches, shards)), vocab_size)
+        stream = pack(tokenized(parquet_batches(validation)), row_length, tokenizer.bos_id, split)
+        rows = {name: list(itertools.islice(stream, count)) for name, count in wanted.items()}
+        training = tokenized(itertools.chain.from_iterable(map(parquet_batches, shards)))
+    else:  # one stream of documents: validation takes what it needs, then holdout, the rest is for training
+        read = local_text.batches if local_text else lambda: parquet_batches(fetch(dataset, TINYSTORIES_FILES)[0])
+        for guess in CHARACTERS_PER_TOKEN:
+            missing = sum(wanted.values()) * row_length * guess
+            batches = read()
+            while missing > 0 and (batch := next(batches, None)) is not None:
+                missing -= sum(map(len, batch))
+                seen["reserved"] += 1
+            training_text = next(batches, None)
+            if training_text is None:
+                raise SystemExit(too_small)
+            tokenizer = Tokenizer.train(itertools.chain([training_text], batches), vocab_size)
+            reserved = seen["reserved"]
+            seen.clear()
+            training = tokenized(read())
+            rows = {
+                name: take_rows(training, count, row_length, tokenizer.bos_id, split) for name, count in wanted.items()
+            }
+            if seen["batches"] <= reserved:
+                break  # else the tokenizer has seen validation text: set more aside
+    if any(len(rows[name]) < count for name, count in wanted.items()):
+        raise SystemExit(too_small)
+
+    tokenizer.save(folder)
+    np.save(folder / "token_bytes.npy", tokenizer.token_bytes())
+    for name in wanted:
+        write_rows(folder / f"{name}.npy", rows[name], row_length)
+    val_ids = np.concatenate(rows["val"])
+    seen.clear()
+    train_rows = write_rows(folder / "train.npy", pack(training, row_length, tokenizer.bos_id, split), row_length)
+    if not train_rows:
+        raise SystemExit(
+            "text too small: nothing is left to train on; add text, or lower --val-rows and --holdout-rows"
+        )
+    return folder, {
+        "train_documents": seen["documents"],
+        "train_rows": train_rows,
+        "bytes_per_token": round(float(tokenizer.token_bytes()[val_ids].sum() / len(val_ids)), 3),
+        **(local_text.counts if local_text else {}),
+    }
+
+
+def install(folder, dataset, settings, counts, request):
+    """Move a finished build to its place and make it the current benchmark. benchmark.json comes last."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    record = {"dataset": dataset, "settings": settings, "files": files, "counts": counts, "request": request}
+    record["id"] = benchmark_id(record)
+    record["prepare_sha256"] = sha256(__file__)
+    record["prepared"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    target = HOME / record["id"]
+    target.mkdir(exist_ok=True)  # may hold the same exam, with its journal, built by an older prepare.py
+    for name in files:
+        os.replace(folder / name, target / name)
+    write_atomically(target / "benchmark.json", json.dumps(record, indent=1).encode())
+    return record
+
+
+def write_atomically(path, content):
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def find_prepared(request):
+    """The record of a whole benchmark that this same prepare.py built for the same request, or None."""
+    for path in sorted(HOME.glob("*/benchmark.json")):
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            continue
+        same = record.get("request") == request and record.get("prepare_sha256") == sha256(__file__)
+        if same and not find_damage(path.parent, record):
+            return record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataloader
+
+
+def make_dataloader(benchmark, split, batch_size, device):
+    """
+    Endless batches of "train" or "val": (inputs, targets, epoch), int64 [B, T] on `device`, targets one token ahead.
+
+    Rows come in an order shuffled per epoch by the benchmark's seed; epochs count from 1. The next batch is gathered in
+    a thread meanwhile. On CUDA it waits in pinned memory of its own, which torch does not hand out again before the copy
+    from it is done. Raises ValueError for another split or a batch size below 1.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f'no dataloader for "{split}": take "train" or "val"')
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: must be at least 1")
+    device = torch.device(device)
+    rows = benchmark.rows(split)
+
+    def shuffled():
+        for epoch in itertools.count(1):
+            for index in np.random.default_rng((benchmark.seed, epoch)).permutation(len(rows)):
+                yield index, epoch
+
+    def gather():
+        indices, epochs = zip(*itertools.islice(order, batch_size))
+        batch = read(rows, list(indices))
+        return batch.pin_memory() if device.type == "cuda" else batch, epochs[0]
+
+    def batches():
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(gather)
+            while True:
+                batch, epoch = ahead.result()
+                ahead = pool.submit(gather)
+                ids = to_ids(batch, device)
+                benchmark.rows_served[split] += batch_size
+                yield ids[:, :-1], ids[:, 1:], epoch
+
+    order = shuffled()
+    return batches()
+
+
+def read(rows, index):
+    """A copy of some rows: int16 [B, T + 1], the same bits as uint16, which fewer devices know."""
+    return torch.from_numpy(np.array(rows[index]).view(np.int16))
+
+
+def to_ids(batch, device):
+    """What `read` gives, as int64 on `device`."""
+    return batch.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clock
+
+
+class TrainingClock:
+    """
+    The clock of one run. Between start() and stop() every second counts, whatever it is used for.
+
+    Takes the lock of the device at once and holds it until the run is scored or the process ends: a second training
+    there would halve both. Raises SystemExit, naming the other process, if the device is taken.
+    """
+
+    def __init__(self, benchmark, device):
+        self.benchmark = benchmark
+        self.device = torch.device(device)
+        self.started = self.stopped = None
+        self.lock = lock_device(self.device)
+        self.origin = find_origin()
+
+    def start(self):
+        """The run begins. Raises RuntimeError the second time."""
+        if self.started is not None:
+            raise RuntimeError("the clock was started before: one clock, one run")
+        synchronize(self.device)
+        self.benchmark.rows_served.clear()
+        self.started = time.monotonic()
+
+    def stop(self):
+        """The run is over, with all that it asked the device to do. Freezes `elapsed`."""
+        synchronize(self.device)
+        if self.started is None or self.stopped is not None:
+            raise RuntimeError("the clock is not running")
+        self.stopped = time.monotonic()
+
+    @property
+    def elapsed(self):
+        """Seconds since start()."""
+        if self.started is None:
+            return 0.0
+        return (self.stopped or time.monotonic()) - self.started
+
+    @property
+    def progress(self):
+        """Share of the budget that is used up, in [0, 1]."""
+        return min(1.0, self.elapsed / self.benchmark.time_budget)
+
+    def expired(self):
+        return self.elapsed >= self.benchmark.time_budget
+
+    def check(self):
+        """Raise RuntimeError unless the run was timed from start to stop and kept to its budget."""
+        if self.started is None or self.stopped is None:
+            state = "never started" if self.started is None else "still running"
+            raise RuntimeError(f"not scored: the training clock is {state}; start() and stop() it around the training")
+        if self.elapsed > LATE_LIMIT * self.benchmark.time_budget:
+            raise RuntimeError(
+                f"not scored: trained for {self.elapsed:.1f} s of a budget of {self.benchmark.time_budget:g} s; "
+                "make the steps shorter"
+            )
+
+
+def lock_device(device):
+    """An exclusive lock on this device, by its own name on this machine; the system frees it when the process ends."""
+    if device.type == "cuda":
+        name = f"cuda-{torch.cuda.get_device_properties(device).uuid}"
+    else:
+        name = f"{device.type}-{platform.node()}"
+    (HOME / "locks").mkdir(parents=True, exist_ok=True)
+    holder = HOME / "locks" / f"{name}.pid"
+    lock = FileLock(HOME / "locks" / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        pid = holder.read_text() if holder.exists() else "unknown"
+        raise SystemExit(f"another training is running on {device} (pid {pid}): wait for it or end it") from None
+    holder.write_text(str(os.getpid()))
+    return lock
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def find_origin():
+    """What is being run: the commit, whether tracked files differ from it, and hashes of the script and of this file."""
+
+    def git(*words):
+        run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": git("status", "--porcelain", "--untracked-files=no") != "",
+        "script": script and Path(script).name,
+        "train_sha256": script and sha256(script),
+        "prepare_sha256": sha256(__file__),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metric
+
+
+def evaluate_bpb(model, benchmark, batch_size, clock):
+    """
+    Score a finished run: bits per byte of all validation rows, a float. The run goes into the journal, and when it is
+    the benchmark's best so far its weights are kept as best.pt.
+
+    `model(inputs)` takes int64 [B, T] and returns logits [B, T, vocab_size]; it never sees the targets. `batch_size` is
+    only a matter of speed. Raises RuntimeError if the run was not timed or too long, or if the model sees the future or
+    other rows; ValueError if its logits have another shape or are not finite. Frees the device in any case.
+    """
+    try:
+        clock.check()
+        batch_size = max(1, min(batch_size, MAX_LOGIT_BYTES // (4 * benchmark.max_seq_len * benchmark.vocab_size)))
+        was_training = getattr(model, "training", False)
+        if was_training:
+            model.eval()
+        check_causality(model, benchmark.rows("val"), batch_size, benchmark.vocab_size, clock.device)
+        val_bpb, holdout_bpb = (
+            bits_per_byte(model, benchmark.rows(split), benchmark.token_bytes(), batch_size, clock.device)
+            for split in ("val", "holdout")
+        )
+        if was_training:
+            model.train()
+        record_run(model, benchmark, clock, val_bpb, holdout_bpb)
+        return val_bpb
+    finally:
+        clock.lock.release()
+
+
+@torch.no_grad()
+def bits_per_byte(model, rows, token_bytes, batch_size, device):
+    """
+    (sum of -log2 p over the targets that have bytes) / (sum of their bytes), over all rows in order.
+
+    Args: rows uint16 [R, T + 1]; token_bytes int32 [V]. The log-softmax is done here, in float32, so that probabilities
+    sum to one. Sums stay on the device, one pair per row; the total is taken in float64.
+    """
+    token_bytes = torch.from_numpy(token_bytes).to(device)
+    nats = torch.zeros(len(rows), device=device)
+    sizes = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for start in range(0, len(rows), batch_size):
+        ids = to_ids(read(rows, slice(start, start + batch_size)), device)
+        logits = predict(model, ids[:, :-1], len(token_bytes))
+        finite &= torch.isfinite(logits.sum())
+        targets = ids[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        bytes_of = token_bytes[targets]
+        here = slice(start, start + len(ids))
+        nats[here] = (losses * (bytes_of > 0)).sum(dim=1)
+        sizes[here] = bytes_of.sum(dim=1)
+    nats, sizes, finite = nats.cpu(), sizes.cpu(), bool(finite)
+    if not finite:
+        raise ValueError("not scored: the model's logits are not all finite")
+    return float(nats.double().sum() / sizes.sum()) / math.log(2)
+
+
+def predict(model, inputs, vocab_size):
+    """The model's logits, float32 [B, T, V]. It gets a copy of the inputs: their storage holds the targets too."""
+    logits = model(inputs.clone())
+    shape = (*inputs.shape, vocab_size)
+    if not torch.is_tensor(logits) or logits.shape != shape:
+        got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+        raise ValueError(f"not scored: model(inputs) must return logits of shape {shape}, not {got}")
+    return logits.float()
+
+
+@torch.no_grad()
+def check_causality(model, rows, batch_size, vocab_size, device):
+    """
+    Change every token after a cut in a few rows, and all of the other rows: logits before the cuts must stay.
+
+    Raises RuntimeError naming the first position that moved by more than numeric noise.
+    """
+    ids = to_ids(read(rows, slice(0, batch_size)), device)[:, :-1]
+    B, T = ids.shape
+    other = (ids + torch.randint(1, vocab_size, ids.shape, device=device)) % vocab_size  # differs everywhere
+    probed = range(0, B, 2)[:PROBE_ROWS] if B > 1 else range(1)
+    later = other.clone()
+    cuts = {}
+    for row in probed:
+        boundaries = (ids[row] == ids[0, 0]).nonzero()[1:, 0].tolist()  # every row starts with BOS
+        cut = random.choice(boundaries) + 1 if boundaries and row % 4 == 0 else random.randint(1, T - 1)
+        cuts[row] = cut
+        later[row, :cut] = ids[row, :cut]
+    logits = predict(model, ids, vocab_size)
+    before = {row: logits[row, :cut].clone() for row, cut in cuts.items()}
+    logits = predict(model, later, vocab_size)
+    for row, cut in cuts.items():
+        moved = (logits[row, :cut] - before[row]).abs().amax(dim=1) > PROBE_TOLERANCE * before[row].std()
+        if moved.any():
+            position = int(moved.nonzero()[0, 0])
+            other[list(cuts)] = ids[list(cuts)]  # now the other rows alone, to name the cause
+            shift = (predict(model, other, vocab_size)[row, position] - before[row][position]).abs().max()
+            if shift > PROBE_TOLERANCE * before[row].std():
+                raise RuntimeError(
+                    f"the model sees other rows: logits at position {position} changed when only other rows of the "
+                    "batch changed"
+                )
+            raise RuntimeError(
+                f"the model sees the future: logits at position {position} changed when only later tokens changed"
+            )
+
+
+def record_run(model, benchmark, clock, val_bpb, holdout_bpb):
+    """Append the run to journal.jsonl; keep its weights and commit in best.pt when no run before scored better."""
+    best = min((run["val_bpb"] for run in read_journal(benchmark)), default=math.inf)
+    run = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "benchmark": benchmark.id,
+        **clock.origin,
+        "same_prepare": clock.origin["prepare_sha256"] == benchmark.prepared_by,
+        "seed": benchmark.seed,
+        "val_bpb": val_bpb,
+        "holdout_bpb": holdout_bpb,
+        "training_seconds": round(clock.elapsed, 3),
+        "total_seconds": round(time.monotonic() - PROCESS_START, 3),
+        "tokens": benchmark.rows_served["train"] * benchmark.max_seq_len,
+        "val_rows_served": benchmark.rows_served["val"],
+        "peak_memory_mb": round(peak_memory_mb(clock.device), 1),
+        "device": device_name(clock.device),
+    }
+    with open(benchmark.path / "journal.jsonl", "a") as journal:
+        journal.write(json.dumps(run) + "\n")
+    if val_bpb < best and isinstance(model, torch.nn.Module):
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in model.state_dict().items()}
+        temporary = benchmark.path / "best.pt.tmp"
+        torch.save({"commit": run["commit"], "val_bpb": val_bpb, "model": weights}, temporary)
+        os.replace(temporary, benchmark.path / "best.pt")
+
+
+def read_journal(benchmark):
+    """The scored runs of a benchmark, oldest first: a list of dicts."""
+    path = benchmark.path / "journal.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def device_name(device):
+    """The GPU's name, or what kind of processor this is and how many cores of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} x{os.cpu_count()}"
+
+
+def peak_memory_mb(device):
+    """Most device memory that was allocated at once; on a CPU the most resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, least, most=math.inf):
+    """An argument type: a finite number between two bounds."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be a number, {bounds}")
+        return value
+
+    return parse
+
+
+def parse_arguments(arguments=None):
+    parser = OneLineParser(description="Build the benchmark that train.py is scored on.")
+    add = parser.add_argument
+    add("--dataset", choices=PRESETS, help="default: climbmix where CUDA is available, local elsewhere")
+    add("--text", nargs="+", metavar="PATH", help="local: files or folders; default: Python's standard library")
+    add("--num-shards", type=number(int, 1, VALIDATION_SHARD), metavar="N", help="climbmix: training shards (10)")
+    add("--seq-len", dest="max_seq_len", type=number(int, 2, 2**20), metavar="T", help="tokens in a row")
+    add("--vocab-size", type=number(int, 260, 2**16), metavar="V", help="4 special tokens included")
+    add("--time-budget", type=number(float, 0.1, 1e6), metavar="S", help="seconds of training")
+    add("--val-rows", type=number(int, 1), metavar="N", help="rows that are scored")
+    add("--holdout-rows", type=number(int, 1), metavar="N", help="rows that are scored in secret")
+    add("--long-documents", choices=("crop", "split"), help="what becomes of documents longer than a row")
+    options = parser.parse_args(arguments)
+    if options.text and options.dataset not in (None, "local"):
+        parser.error(f"--text goes with --dataset local, not {options.dataset}")
+    if options.text or options.num_shards and not options.dataset:
+        options.dataset = "local" if options.text else "climbmix"
+    if options.num_shards and options.dataset != "climbmix":
+        parser.error(f"--num-shards goes with --dataset climbmix, not {options.dataset}")
+    return options
+
+
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    if not options.dataset:
+        options.dataset = "climbmix" if torch.cuda.is_available() else "local"
+        why = "this machine has CUDA" if torch.cuda.is_available() else "no CUDA here"
+        print(f"benchmark: {options.dataset}, because {why}; choose with --dataset {' | '.join(PRESETS)}")
+    settings = dict(zip(SETTINGS, PRESETS[options.dataset]))
+    settings |= {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    num_shards = options.num_shards or DEFAULT_SHARDS
+    local_text = LocalText(options.text) if options.dataset == "local" else None
+    source = local_text.fingerprint() if local_text else num_shards if options.dataset == "climbmix" else None
+    request = {"dataset": options.dataset, **settings, "source": source}
+
+    try:
+        HOME.mkdir(parents=True, exist_ok=True)
+        with FileLock(HOME / "prepare.lock"):
+            started = time.monotonic()
+            record = find_prepared(request)
+            if not record:
+                folder, counts = build(options.dataset, settings, local_text, num_shards)
+                record = install(folder, options.dataset, settings, counts, request)
+                shutil.rmtree(folder)
+                print(f"prepared in {time.monotonic() - started:.1f} s")
+            write_atomically(HOME / "current", record["id"].encode())
+    except OSError as error:
+        raise SystemExit(f"prepare.py: {error}; mend it and run this again") from None
+    print_card(record)
+
+
+def print_card(record):
+    settings, counts = record["settings"], record["counts"]
+    rows = {"train": counts["train_rows"], "val": settings["val_rows"], "holdout": settings["holdout_rows"]}
+    dropped = {name: counts[name] for name in ("duplicates", "skipped files", "skipped documents") if counts.get(name)}
+    print(
+        f"""
+benchmark:        {record["id"]}
+folder:           {HOME / record["id"]}
+budget:           {settings["time_budget"]:g} s of training
+documents:        {counts["train_documents"]:,} to train on""",
+        *(f"({n:,} {name})" for name, n in dropped.items()),
+    )
+    for name, count in rows.items():
+        print(f"{name + ' rows:':<17} {count:,} ({count * settings['max_seq_len']:,} tokens)")
+    print(f"bytes per token:  {counts['bytes_per_token']:.2f}\n\nnext: uv run train.py")
+
+
+if __name__ == "__main__":
+    main()

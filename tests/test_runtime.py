@@ -1,0 +1,314 @@
+"""The harness at run time: dataloader, clock, metric, journal."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import prepare
+
+CPU = torch.device("cpu")
+
+
+class Bigram(torch.nn.Module):
+    """Logits depend on the last token only."""
+
+    def __init__(self, vocab_size, spread=1.0):
+        super().__init__()
+        table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(1))
+        self.table = torch.nn.Parameter(spread * table)
+
+    def forward(self, inputs):
+        return self.table[inputs]
+
+
+@pytest.fixture
+def clock(benchmark):
+    """A clock of a run that was fair."""
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    clock.start()
+    clock.stop()
+    yield clock
+    clock.lock.release()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataloader
+
+
+def test_every_row_once_an_epoch_in_another_order(benchmark):
+    rows = np.array(benchmark.rows("val"))
+    loader = prepare.make_dataloader(benchmark, "val", 8, "cpu")
+    epochs = []
+    for number in (1, 2):
+        batches = [next(loader) for _ in range(5)]  # 40 rows
+        assert {epoch for *_, epoch in batches} == {number}
+        inputs = torch.cat([inputs for inputs, *_ in batches])
+        targets = torch.cat([targets for _, targets, _ in batches])
+        assert inputs.dtype == torch.int64 and inputs.shape == (40, 64)
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        whole = torch.cat([inputs, targets[:, -1:]], dim=1).numpy()
+        assert sorted(map(tuple, whole)) == sorted(map(tuple, rows))
+        epochs.append(whole)
+    assert not np.array_equal(epochs[0], epochs[1])
+    loader.close()
+
+
+def test_same_seed_same_order(benchmark, monkeypatch):
+    def first(seed):
+        monkeypatch.setenv("AUTORESEARCH_SEED", seed)
+        loader = prepare.make_dataloader(prepare.load_benchmark(), "train", 4, "cpu")
+        return torch.cat([inputs for inputs, *_ in itertools.islice(loader, 5)])
+
+    assert torch.equal(first("1"), first("1")) and not torch.equal(first("1"), first("2"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 39, 40, 41, 100])
+def test_any_batch_size(benchmark, batch_size):
+    loader = prepare.make_dataloader(benchmark, "val", batch_size, "cpu")
+    batches = list(itertools.islice(loader, 200 // batch_size))
+    seen = [tuple(row.tolist()) for inputs, *_ in batches for row in inputs]
+    counts = {seen.count(row) for row in set(seen[:40])}
+    assert len(seen) == 200 // batch_size * batch_size and len(set(seen[:40])) == 40 and len(counts) <= 2
+
+
+def test_batches_are_not_overwritten_by_later_ones(benchmark):
+    loader = prepare.make_dataloader(benchmark, "train", 4, "cpu")
+    inputs, targets, _ = next(loader)
+    kept = inputs.clone(), targets.clone()
+    for _ in range(10):
+        next(loader)
+    assert torch.equal(inputs, kept[0]) and torch.equal(targets, kept[1])
+
+
+def test_refused_splits_and_sizes(benchmark):
+    with pytest.raises(ValueError, match="holdout"):
+        prepare.make_dataloader(benchmark, "holdout", 4, "cpu")
+    with pytest.raises(ValueError, match="at least 1"):
+        prepare.make_dataloader(benchmark, "train", 0, "cpu")
+
+
+def test_a_dropped_loader_leaves_no_thread(benchmark):
+    before = threading.active_count()
+    for _ in range(5):
+        next(prepare.make_dataloader(benchmark, "train", 4, "cpu"))
+    assert threading.active_count() <= before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clock
+
+
+def test_nothing_is_free_between_start_and_stop(benchmark):
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    assert clock.elapsed == clock.progress == 0 and not clock.expired()
+    clock.start()
+    time.sleep(0.2)
+    assert 0.2 <= clock.elapsed and clock.progress == pytest.approx(clock.elapsed / 3, abs=0.05)
+    clock.stop()
+    frozen = clock.elapsed
+    time.sleep(0.01)
+    assert clock.elapsed == frozen >= 0.2
+    for method in (clock.start, clock.stop):
+        with pytest.raises(RuntimeError):
+            method()
+    clock.lock.release()
+
+
+def test_progress_ends_at_one(benchmark, monkeypatch):
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    clock.start()
+    clock.started -= 3.1
+    assert clock.expired() and clock.progress == 1
+    clock.lock.release()
+
+
+def test_second_training_on_the_device_is_refused(benchmark):
+    first = prepare.TrainingClock(benchmark, "cpu")
+    code = "import prepare; prepare.TrainingClock(prepare.load_benchmark(), 'cpu')"
+    second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 1 and f"pid {os.getpid()}" in second.stderr and "Traceback" not in second.stderr
+    first.lock.release()
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("fault", ["not started", "running", "late"])
+def test_unfair_runs_are_not_scored(benchmark, fault):
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    if fault != "not started":
+        clock.start()
+    if fault == "late":
+        clock.started -= 3.4
+        clock.stop()
+    before = prepare.read_journal(benchmark)
+    with pytest.raises(
+        RuntimeError, match={"not started": "never started", "running": "still running"}.get(fault, "3.4 s")
+    ):
+        prepare.evaluate_bpb(Bigram(512), benchmark, 4, clock)
+    assert prepare.read_journal(benchmark) == before
+    prepare.TrainingClock(benchmark, "cpu").lock.release()  # the device is free again
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metric
+
+
+def brute_force(model, rows, token_bytes):
+    """Bits per byte, token by token, in float64."""
+    bits = total = 0
+    for row in np.array(rows).astype(np.int64):
+        log_probs = torch.log_softmax(model(torch.from_numpy(row[None, :-1])).double(), dim=-1)[0]
+        for position, target in enumerate(row[1:]):
+            if token_bytes[target] > 0:
+                bits -= log_probs[position, target].item() / math.log(2)
+                total += token_bytes[target]
+    return bits / total
+
+
+def test_uniform_model_has_its_closed_form(benchmark, clock):
+    rows, token_bytes = np.array(benchmark.rows("val")), benchmark.token_bytes()
+    targets = rows[:, 1:]
+    expected = math.log2(512) * (token_bytes[targets] > 0).sum() / token_bytes[targets].sum()
+    model = lambda inputs: torch.zeros(*inputs.shape, 512)  # noqa: E731
+    assert prepare.evaluate_bpb(model, benchmark, 16, clock) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_known_model_against_brute_force(benchmark, clock, batch_size):
+    model = Bigram(512)
+    expected = brute_force(model, benchmark.rows("val"), benchmark.token_bytes())
+    assert prepare.evaluate_bpb(model, benchmark, batch_size, clock) == pytest.approx(expected, rel=2e-6)
+
+
+def test_bytes_are_those_of_the_text(benchmark):
+    tokenizer = prepare.Tokenizer.load(benchmark.path)
+    targets = np.array(benchmark.rows("val"))[:, 1:].ravel()
+    text = b"".join(tokenizer.encoding.decode_single_token_bytes(int(i)) for i in targets if i < tokenizer.bos_id)
+    assert benchmark.token_bytes()[targets].sum() == len(text)
+
+
+def test_scoring_memory_is_bounded(benchmark, clock, monkeypatch):
+    sizes = []
+    model = Bigram(512)
+    model.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    monkeypatch.setattr(prepare, "MAX_LOGIT_BYTES", 3 * 4 * 64 * 512)
+    prepare.evaluate_bpb(model, benchmark, 1000, clock)
+    assert max(sizes) == 3
+
+
+class Cheat(Bigram):
+    """A bigram model with something forbidden in its forward pass."""
+
+    def __init__(self, cheat):
+        super().__init__(512)
+        self.cheat = cheat
+
+    def forward(self, inputs):
+        logits = super().forward(inputs)
+        return self.cheat(logits, inputs)
+
+
+def next_token(logits, inputs):
+    return logits + 5 * torch.nn.functional.one_hot(inputs.roll(-1, dims=1), 512)
+
+
+def mean_of_row(logits, inputs):
+    return logits + logits.mean(dim=1, keepdim=True)
+
+
+def mean_of_batch(logits, inputs):
+    return logits + logits.mean(dim=0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("cheat", "message"),
+    [(next_token, "sees the future: logits at position"), (mean_of_row, "future"), (mean_of_batch, "sees other rows")],
+)
+def test_leaks_are_refused(benchmark, clock, cheat, message):
+    with pytest.raises(RuntimeError, match=message):
+        prepare.evaluate_bpb(Cheat(cheat), benchmark, 8, clock)
+    assert not any(run["val_bpb"] < 0.5 for run in prepare.read_journal(benchmark))
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        lambda logits, inputs: logits[:, :, :-1],
+        lambda logits, inputs: logits[:-1],
+        lambda logits, inputs: logits.mean(),
+        lambda logits, inputs: None,
+        lambda logits, inputs: logits.masked_fill(inputs[..., None] == 101, math.nan),
+        lambda logits, inputs: logits.masked_fill(inputs[..., None] == 101, math.inf),
+        lambda logits, inputs: logits.masked_fill(inputs[..., None] == 101, -math.inf),
+    ],
+    ids=["vocabulary", "rows", "scalar", "none", "nan", "infinity", "minus infinity"],
+)
+def test_bad_logits_are_refused(benchmark, clock, cheat):
+    with pytest.raises(ValueError, match="not scored"):
+        prepare.evaluate_bpb(Cheat(cheat), benchmark, 8, clock)
+
+
+def test_the_model_cannot_reach_the_targets(benchmark, clock):
+    """Not even through the storage that its inputs are a view of."""
+
+    def greedy(inputs):
+        assert inputs.untyped_storage().nbytes() == inputs.numel() * 8
+        return torch.zeros(*inputs.shape, 512)
+
+    prepare.evaluate_bpb(greedy, benchmark, 8, clock)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Journal and best weights
+
+
+def test_journal_and_best(benchmark):
+    for run in (benchmark.path / "journal.jsonl", benchmark.path / "best.pt"):
+        run.unlink(missing_ok=True)
+    scores = []
+    for spread in (0.5, 0.1, 2.0):
+        clock = prepare.TrainingClock(benchmark, "cpu")
+        loader = prepare.make_dataloader(benchmark, "train", 4, "cpu")
+        next(loader)
+        clock.start()
+        for _ in range(3):
+            next(loader)
+        clock.stop()
+        scores.append(prepare.evaluate_bpb(Bigram(512, spread), benchmark, 8, clock))
+    runs = prepare.read_journal(benchmark)
+    assert [run["val_bpb"] for run in runs] == scores and scores[1] == min(scores)
+    run = runs[-1]
+    assert run["holdout_bpb"] == pytest.approx(
+        brute_force(Bigram(512, 2.0), benchmark.rows("holdout"), benchmark.token_bytes()), rel=2e-6
+    )
+    assert run["tokens"] == 3 * 4 * 64 and run["seed"] == 42 and run["benchmark"] == benchmark.id
+    assert run["same_prepare"] and run["prepare_sha256"] == prepare.sha256(ROOT / "prepare.py")
+    assert 0 <= run["training_seconds"] < run["total_seconds"] and run["peak_memory_mb"] > 1
+    assert set(run) >= {"time", "commit", "dirty", "train_sha256", "device"}
+    best = torch.load(benchmark.path / "best.pt", weights_only=True)
+    assert best["val_bpb"] == min(scores) and torch.equal(best["model"]["table"], Bigram(512, 0.1).table)
+
+
+def test_origin_names_commit_and_dirt(tmp_path, monkeypatch):
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))
+    (tmp_path / "prepare.py").write_text("")
+    assert prepare.find_origin()["commit"] is None  # not a repository
+    git("init", "-q")
+    git("add", ".")
+    git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first")
+    (tmp_path / "untracked").write_text("")
+    origin = prepare.find_origin()
+    assert origin["commit"] == git("rev-parse", "HEAD") and origin["dirty"] is False
+    (tmp_path / "prepare.py").write_text("x")
+    assert prepare.find_origin()["dirty"] is True

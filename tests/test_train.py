@@ -1,0 +1,388 @@
+"""The model, the optimizer and the loop of train.py."""
+
+import math
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+import prepare
+import train
+
+KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth
+device benchmark seed overhead_seconds""".split()
+CPU = torch.device("cpu")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A model of a size for tests; every constant is put back afterwards."""
+    for name, value in vars(train).copy().items():
+        if name.isupper():
+            monkeypatch.setattr(train, name, value)
+    for name, value in dict(DEPTH=5, MODEL_DIM=64, HEAD_DIM=32, GATE_CHANNELS=16, COMPILE=False).items():
+        monkeypatch.setattr(train, name, value)
+    train.settle(CPU)
+    torch.manual_seed(0)
+
+
+def build(vocab_size=512, max_seq_len=64):
+    model = train.build_model(types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=max_seq_len), CPU)
+    return model, torch.randint(vocab_size, (3, max_seq_len + 1))
+
+
+def awaken(model):
+    """Give the layers that start at zero something to say."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not weight.any():
+                weight.normal_(std=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def test_import_does_nothing():
+    code = (
+        "import sys, train, torch; "
+        "assert not torch.cuda.is_initialized() and isinstance(train.DEPTH, train.Per); "
+        "assert not {'pyarrow', 'requests', 'tiktoken', 'rustbpe', 'kernels', 'torch._dynamo'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_first_loss_is_that_of_guessing(small):
+    model, ids = build()
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(512), abs=0.01)
+
+
+def test_logits_and_loss_agree(small):
+    model, ids = build()
+    awaken(model)
+    logits = model(ids[:, :-1])
+    assert logits.shape == (3, 64, 512) and logits.dtype == torch.float32 and logits.abs().max() < train.LOGIT_CAP
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.equal(model(ids[:, :-1], ids[:, 1:]), expected)
+
+
+def test_windows(small):
+    assert train.window_sizes(64) == [8, 8, 8, 8, 64]
+    train.DEPTH = 9
+    assert train.window_sizes(2048) == [256, 256, 256, 256, 2048, 256, 256, 256, 2048]
+
+
+def test_value_embeddings_in_every_other_block_and_the_last(small):
+    model, _ = build()
+    assert [block.attention.table is not None for block in model.blocks] == [True, False, True, False, True]
+
+
+def test_reference_size_and_flops(small):
+    for name, value in dict(DEPTH=9, MODEL_DIM=640, HEAD_DIM=128, GATE_CHANNELS=32).items():
+        setattr(train, name, value)
+    with torch.device("meta"):
+        model = train.GPT(8192, 2048, torch.bfloat16)
+    assert round(sum(weight.numel() for weight in model.parameters()) / 1e6) == 81
+    matrices = 9 * 12 * 640 * 640 + 8192 * 640 + 5 * 32 * 5
+    assert model.flops_per_token() == 6 * matrices + 12 * 640 * (7 * 256 + 2 * 2048)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance(small):
+    model, _ = build()
+    q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 64, 1, 32)
+    q, k = train.rotate(q, model.cos, model.sin), train.rotate(k, model.cos, model.sin)
+    assert torch.allclose(q.norm(dim=-1), q.norm(dim=-1)[:, :1].expand(1, 64, 1), atol=1e-5)
+    scores = (q[0, :, 0] @ k[0, :, 0].T).numpy()
+    for distance in (0, 3, 20):
+        assert scores.diagonal(-distance) == pytest.approx(scores[distance, 0], abs=1e-4)
+
+
+def naive_attention(q, k, v, window):
+    """Every score, one mask."""
+    T, K = q.shape[1], q.shape[-1]
+    scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(K)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    scores = scores.masked_fill((distance < 0) | (distance > window), -math.inf)
+    return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 8, 32, 63, 64, 100])
+def test_sdpa_windows(window):
+    q, k, v = torch.randn(3, 2, 64, 2, 16, dtype=torch.float64, requires_grad=True)
+    ours, naive = train.sdpa(q, k, v, window), naive_attention(q, k, v, window)
+    assert torch.allclose(ours, naive)
+    for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, naive))):
+        assert torch.allclose(mine, theirs)
+
+
+@CUDA
+@pytest.mark.parametrize("window", [8, 128])
+def test_cuda_back_ends(window):
+    for back_end in (train.varlen, train.choose_attention(torch.device("cuda"), torch.bfloat16)):
+        q, k, v = torch.randn(3, 2, 128, 2, 64, device="cuda", dtype=torch.bfloat16)
+        naive = naive_attention(q.float().cpu(), k.float().cpu(), v.float().cpu(), window)
+        assert (back_end(q, k, v, window).float().cpu() - naive).norm() < 0.02 * naive.norm()
+
+
+def stub_kernel(monkeypatch, flash_attn_func):
+    """Stand in for the kernels hub, and let the CPU pass for a Hopper GPU."""
+    kernel = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    stub = types.SimpleNamespace(get_kernel=lambda name, version: kernel)
+    monkeypatch.setitem(sys.modules, "kernels", stub)
+    monkeypatch.setattr(train, "hub_answers", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(train, "varlen", lambda q, k, v, window: train.sdpa(q, k, v, window))
+
+
+def flash_attention(q, k, v, causal, window_size):
+    assert causal and window_size[1] == 0
+    return train.sdpa(q, k, v, q.size(1) if window_size[0] < 0 else window_size[0]), None
+
+
+def test_hub_kernel_is_taken_when_it_is_right(small, monkeypatch, capsys):
+    stub_kernel(monkeypatch, flash_attention)
+    monkeypatch.setattr(
+        train, "probe_attention", lambda f, device, dtype, probe=train.probe_attention: probe(f, CPU, dtype)
+    )
+    chosen = train.choose_attention(types.SimpleNamespace(type="cuda"), torch.bfloat16)
+    assert chosen.__name__ == "hub" and capsys.readouterr().out == ""
+    q, k, v = torch.randn(3, 1, 64, 2, 32)
+    for window in (8, 64):
+        assert torch.allclose(chosen(q, k, v, window), naive_attention(q, k, v, window), atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "window", "raises", "missing"])
+def test_hub_kernel_falls_through(small, monkeypatch, capsys, fault):
+    def broken(q, k, v, causal, window_size):
+        if fault == "raises":
+            raise RuntimeError("no kernel image is available for execution on the device\nmore lines")
+        return flash_attention(q, k, v, causal, (-1, 0))[0] * (1.1 if fault == "wrong" else 1)
+
+    stub_kernel(monkeypatch, broken)
+    if fault == "missing":
+        monkeypatch.setitem(sys.modules, "kernels", None)
+    monkeypatch.setattr(
+        train, "probe_attention", lambda f, device, dtype, probe=train.probe_attention: probe(f, CPU, dtype)
+    )
+    chosen = train.choose_attention(types.SimpleNamespace(type="cuda"), torch.bfloat16)
+    lines = capsys.readouterr().out.splitlines()
+    assert chosen is train.varlen and len(lines) == 1 and "FlashAttention-3" in lines[0]
+
+
+def test_no_network_is_noticed_at_once(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert train.hub_answers(5) is False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedules
+
+
+def test_every_parameter_in_exactly_one_group(small):
+    model, _ = build()
+    grouped = [
+        weight for group in train.build_optimizer(model, torch.float32).param_groups for weight in group["params"]
+    ]
+    assert len(grouped) == len({id(weight) for weight in grouped})
+    assert {id(weight) for weight in grouped} == {id(weight) for weight in model.parameters()}
+
+
+def test_adamw_against_torch(small):
+    ours = torch.nn.Parameter(torch.randn(20, 30))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    group = dict(kind="adamw", params=[ours], lr=0.03, decay=0.1, betas=(0.8, 0.95))
+    optimizer = train.MuonAdamW([group], torch.float32)
+    reference = torch.optim.AdamW([theirs], lr=0.03, betas=(0.8, 0.95), eps=train.ADAM_EPS, weight_decay=0.1)
+    for _ in range(10):
+        ours.grad = torch.randn(20, 30)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_second_moments_of_bfloat16_tables_move(small):
+    weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = train.MuonAdamW(
+        [dict(kind="adamw", params=[weight], lr=0.0, decay=0.0, betas=(0.8, 0.995))], torch.float32
+    )
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert optimizer.state[weight]["square"][0, 0].item() == pytest.approx(1 - 0.995**3, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 40), (2, 64, 16), (2, 16, 64), (1, 1, 8)])
+def test_orthogonalize_against_svd(shape):
+    X = torch.randn(shape)
+    U, _, V = torch.linalg.svd(X, full_matrices=False)
+    Y = train.orthogonalize(X, torch.float32)
+    values = torch.linalg.svdvals(Y)
+    assert values.max() < 1.3 and values.median() > 0.8
+    assert torch.nn.functional.cosine_similarity(Y.flatten(1), (U @ V).flatten(1)).min() > 0.95
+
+
+def test_muon_update(small):
+    """Without decay the step has the size that the learning rate says, whatever the size of the gradient."""
+    for shape in ((32, 32), (64, 16), (16, 64)):
+        for size in (1e-4, 1e4):
+            weight = torch.nn.Parameter(torch.zeros(shape))
+            group = dict(kind="muon", params=[weight], lr=0.1, decay=0.0, momentum=0.9)
+            weight.grad = size * torch.randn(shape)
+            train.MuonAdamW([group], torch.float32).step()
+            expected = 0.1 * math.sqrt(max(1, shape[0] / shape[1])) * math.sqrt(min(shape))
+            assert weight.norm().item() == pytest.approx(expected, rel=0.15)
+
+
+def test_weight_decay_is_cautious(small):
+    weight = torch.nn.Parameter(torch.randn(16, 16))
+    steps = []
+    for decay in (0.0, 0.5):
+        copy = torch.nn.Parameter(weight.detach().clone())
+        copy.grad = torch.ones(16, 16).tril() + torch.eye(16)
+        train.MuonAdamW([dict(kind="muon", params=[copy], lr=0.1, decay=decay, momentum=0.9)], torch.float32).step()
+        steps.append(weight.detach() - copy.detach())
+    plain, decayed = steps
+    assert torch.allclose(decayed - plain, 0.05 * weight * (plain * weight >= 0), atol=1e-6)
+
+
+def test_compiled_updates_are_the_same(small):
+    def result(compile):
+        torch.manual_seed(3)
+        weights = [torch.nn.Parameter(torch.randn(8, 8)), torch.nn.Parameter(torch.randn(8, 4))]
+        groups = [
+            dict(kind="muon", params=weights[:1], lr=0.1, decay=0.1, momentum=0.9),
+            dict(kind="adamw", params=weights[1:], lr=0.1, decay=0.1, betas=(0.8, 0.9)),
+        ]
+        optimizer = train.MuonAdamW(groups, torch.float32, compile)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape)
+            optimizer.step()
+        return torch.cat([weight.detach().flatten() for weight in weights])
+
+    assert torch.allclose(result(False), result(True), atol=1e-5)
+
+
+def test_schedules():
+    assert train.lr_factor(0) == train.lr_factor(1 - train.WARMDOWN) == 1
+    assert train.lr_factor(1) == pytest.approx(train.FINAL_LR) and train.lr_factor(0.625) == pytest.approx(0.525)
+    assert train.muon_momentum(0) == 0.85 and train.muon_momentum(train.MOMENTUM_RAMP) == train.muon_momentum(1) == 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def test_warm_up_leaves_no_trace(small):
+    model, ids = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert train.warm_up(model, train.build_optimizer(model, torch.float32), ids[:, :-1], ids[:, 1:], 2) > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state) and model.training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_accumulation_is_the_mean(small):
+    results = []
+    for split in (1, 3):
+        torch.manual_seed(5)
+        model, ids = build()
+        batches = [(part[:, :-1], part[:, 1:]) for part in ids.chunk(split)]
+        loss = train.train_step(model, train.build_optimizer(model, torch.float32), batches, 0.5)
+        results.append((loss.item(), model.lm_head.weight.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_training_learns(small):
+    model, ids = build()
+    optimizer = train.build_optimizer(model, torch.float32)
+    losses = [train.train_step(model, optimizer, [(ids[:, :-1], ids[:, 1:])], step / 30).item() for step in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 101.0])
+def test_divergence_stops_the_run(loss):
+    with pytest.raises(SystemExit, match="stopped at step 7: .*MATRIX_LR"):
+        train.check_loss(loss, 7, 0.5)
+    train.check_loss(99.0, 7, 0.5)
+
+
+def sitting(monkeypatch, **constants):
+    """Run main() in this process, small and uncompiled."""
+    for name, value in constants.items():
+        monkeypatch.setattr(train, name, value)
+    return train.main()
+
+
+def test_out_of_memory_halves_the_rows(small, benchmark, monkeypatch, capfd):
+    forward = train.GPT.forward
+
+    def hungry(self, inputs, targets=None):
+        if len(inputs) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return forward(self, inputs, targets)
+
+    monkeypatch.setattr(train.GPT, "forward", hungry)
+    summary = sitting(monkeypatch, TOTAL_BATCH_SIZE=2048, DEVICE_BATCH_SIZE=4096, DEPTH=2)
+    out = capfd.readouterr().out
+    assert "32 rows do not fit in memory, trying 16" in out and "2,048 tokens a step (4 x 8 rows)" in out
+    assert 0 < float(summary["val_bpb"]) < 6
+
+
+def test_a_broken_compiler_is_done_without(small, benchmark, monkeypatch, capfd):
+    def failing(*arguments, **options):
+        raise RuntimeError("no C++ compiler found\nmore lines")
+
+    monkeypatch.setattr(train.GPT, "compile_parts", failing)
+    sitting(monkeypatch, TOTAL_BATCH_SIZE=2048, DEPTH=2, COMPILE=True)
+    assert "COMPILE: torch.compile failed here, going on without (no C++ compiler found)" in capfd.readouterr().out
+
+
+def test_nan_ends_the_run(small, benchmark, monkeypatch):
+    with pytest.raises(SystemExit, match="stopped at step"):
+        sitting(monkeypatch, TOTAL_BATCH_SIZE=2048, DEPTH=2, HEAD_LR=1e9, WTE_LR=math.nan)
+    prepare.TrainingClock(benchmark, "cpu").lock.release()
+
+
+def test_end_to_end(benchmark):
+    """The untouched file in a process of its own, without torch.compile to save a minute: every key, in order."""
+    before = len(prepare.read_journal(benchmark))
+    result = run("train.py", AUTORESEARCH_SEED="3", TORCHDYNAMO_DISABLE="1")
+    assert result.returncode == 0, result.stderr
+    log, summary = result.stdout.split("\n---\n")
+    values = dict(line.split(":", 1) for line in summary.splitlines())
+    assert list(values) == KEYS and all(line[17] == " " and line[18] != " " for line in summary.splitlines())
+    journal = prepare.read_journal(benchmark)
+    assert len(journal) == before + 1
+    assert float(values["val_bpb"]) == pytest.approx(journal[-1]["val_bpb"], abs=1e-6)
+    assert journal[-1]["seed"] == 3 and journal[-1]["script"] == "train.py"
+    assert journal[-1]["train_sha256"] == prepare.sha256(ROOT / "train.py")
+    assert 0 < float(values["val_bpb"]) < 6 and float(values["training_seconds"]) <= 3.3
+    assert float(values["total_seconds"]) > float(values["training_seconds"])
+    assert journal[-1]["tokens"] == pytest.approx(1e6 * float(values["total_tokens_M"]), abs=5e4)
+    assert len(log.splitlines()) <= 60 and max(map(len, log.splitlines())) < 250
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_probe_passes_the_real_model(small, benchmark, compiled):
+    model = train.build_model(benchmark, CPU)
+    awaken(model)
+    if compiled:
+        model.compile_parts()
+    prepare.check_causality(model, benchmark.rows("val"), 8, 512, CPU)
+
+
+def test_probe_catches_a_window_that_is_off_by_one(small, benchmark, monkeypatch):
+    model = train.build_model(benchmark, CPU)
+    awaken(model)
+    monkeypatch.setattr(train, "BACK_END", lambda q, k, v, window: train.sdpa(q, k.roll(-1, 1), v.roll(-1, 1), window))
+    with pytest.raises(RuntimeError, match="sees the future"):
+        prepare.check_causality(model, benchmark.rows("val"), 8, 512, CPU)

@@ -1,0 +1,663 @@
+"""
+The answer: a GPT, its optimizer and a training loop that lasts as long as the benchmark's time budget.
+The agent rewrites this file as it likes; prepare.py times the training and scores the model.
+
+    uv run train.py > run.log 2>&1         # on CUDA, MPS or CPU, whichever is there
+    AUTORESEARCH_SEED=1 uv run train.py    # the same with another seed: how much of a gain is noise?
+
+Sections: Hyperparameters, Model, Attention, Optimizer, Schedules, Main
+"""
+
+import math
+import os
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import prepare  # before torch: the run's total_seconds count from here
+from prepare import Progress, TrainingClock, evaluate_bpb, load_benchmark, make_dataloader
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+
+
+class Per(NamedTuple):
+    """A constant with one value on an NVIDIA GPU and another on small machines (CPU, MPS)."""
+
+    gpu: object
+    small: object
+
+
+# fmt: off
+# size
+DEPTH             = Per(gpu=9,     small=4)      # blocks
+MODEL_DIM         = Per(gpu=640,   small=128)    # D, a multiple of HEAD_DIM
+HEAD_DIM          = Per(gpu=128,   small=32)     # K
+TOTAL_BATCH_SIZE  = Per(gpu=2**18, small=2**11)  # tokens per optimizer step
+DEVICE_BATCH_SIZE = Per(gpu=128,   small=16)     # rows per forward pass; halved while they don't fit in memory
+# model
+WINDOW_PATTERN    = "SSSSL"                      # per block, repeated: S short window, L all; the last block is L
+SHORT_WINDOW      = 1 / 8                        # of the row: earlier tokens that an S block sees
+MLP_RATIO         = 4                            # hidden width of the MLP / D
+GATE_CHANNELS     = 32                           # channels of x that drive the value gates
+ROPE_BASE         = 200_000
+QK_SCALE          = 1.15                         # on normalised queries and on keys; without it attention is too diffuse
+LOGIT_CAP         = 15.0
+INIT_SCALE        = 0.68                         # of block matrices: uniform within INIT_SCALE * sqrt(3 / D)
+X0_INIT           = 0.05                         # how much of the token embedding each block adds at first
+# learning rates (tables: at D = 768, scaled by 1 / sqrt(D))
+MATRIX_LR         = 0.04
+WTE_LR            = 0.9
+VALUE_LR          = 0.9
+HEAD_LR           = 0.005
+RESIDUAL_LR       = 0.005
+X0_LR             = 0.5
+# weight decay
+MATRIX_DECAY      = 0.2                          # only where update and weight agree in sign; fades with progress
+WTE_DECAY         = 0.001
+VALUE_DECAY       = 0.003
+HEAD_DECAY        = 0.01
+# optimizer and schedules
+ADAM_BETAS        = (0.8, 0.95)
+X0_BETAS          = (0.96, 0.95)
+ADAM_EPS          = 1e-10
+MUON_BETA2        = 0.95
+MUON_MOMENTUM     = (0.85, 0.95)                 # at the start, and from MOMENTUM_RAMP on
+MOMENTUM_RAMP     = 0.3                          # share of the run
+WARMDOWN          = 0.75                         # last share of the run, over which the rates fall ...
+FINAL_LR          = 0.05                         # ... to this share of themselves
+# machine
+COMPILE           = Per(gpu=True,  small=True)   # torch.compile
+OVERTIME          = 0.01                         # share of the budget by which the last step may be late
+WARMUP_STEPS      = 3                            # before the clock starts; undone afterwards
+# fmt: on
+
+
+def settle(device):
+    """Give every two-valued constant the value for this device."""
+    for name, value in list(globals().items()):
+        if isinstance(value, Per):
+            globals()[name] = value.gpu if device.type == "cuda" else value.small
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model. Shapes: B rows, T tokens, D model width, H heads, K = D / H, V vocabulary
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without parameters."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Without bias. Its weight stays float32 for the optimizer and is cast to the precision of x."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class GPT(nn.Module):
+    """The model. Activations have the precision of its embedding tables, `dtype`; everything else is float32."""
+
+    def __init__(self, vocab_size, max_seq_len, dtype):
+        super().__init__()
+        self.windows = window_sizes(max_seq_len)
+        self.wte = nn.Embedding(vocab_size, MODEL_DIM, dtype=dtype)
+        self.blocks = nn.ModuleList(
+            Block(window, has_values=layer % 2 == (DEPTH - 1) % 2, vocab_size=vocab_size, dtype=dtype)
+            for layer, window in enumerate(self.windows)
+        )
+        self.lm_head = Linear(MODEL_DIM, vocab_size)
+        self.residual_scales = nn.Parameter(torch.empty(DEPTH))
+        self.x0_scales = nn.Parameter(torch.empty(DEPTH))
+        angles = torch.outer(torch.arange(max_seq_len), ROPE_BASE ** -torch.linspace(0, 1, HEAD_DIM // 2 + 1)[:-1])
+        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)  # [T, K / 2]
+        self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self):
+        """Blocks start as the identity: what they write to the residual stream is zero."""
+        bound = INIT_SCALE * math.sqrt(3 / MODEL_DIM)
+        nn.init.normal_(self.wte.weight)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        nn.init.ones_(self.residual_scales)
+        nn.init.constant_(self.x0_scales, X0_INIT)
+        for name, weight in self.blocks.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.down.weight", "gate.weight")):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, inputs, targets=None):
+        """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
+        x = x0 = norm(self.wte(inputs))
+        for block, r, z in zip(self.blocks, self.residual_scales, self.x0_scales):
+            x = block(r * x + z * x0, inputs, self.cos, self.sin)
+        return self.head(x, targets)
+
+    def head(self, x, targets):
+        logits = LOGIT_CAP * torch.tanh(self.lm_head(norm(x)).float() / LOGIT_CAP)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def compile_parts(self):
+        """torch.compile per block: blocks of one shape share their code, so that it takes a fraction of the time."""
+        torch._dynamo.config.recompile_limit = 64  # one for every kind of block, in training and in scoring
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.head = torch.compile(self.head, dynamic=False)
+
+    def flops_per_token(self):
+        """Of a forward and backward pass: 6 per matrix weight, and attention over what each window lets through."""
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        return 6 * matrices + sum(12 * MODEL_DIM * window for window in self.windows)
+
+
+class Block(nn.Module):
+    def __init__(self, window, has_values, vocab_size, dtype):
+        super().__init__()
+        self.attention = Attention(window, has_values, vocab_size, dtype)
+        self.mlp = MLP()
+
+    def forward(self, x, inputs, cos, sin):
+        x = x + self.attention(norm(x), inputs, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention in a window, with rotary positions, QK-norm and, in every other block, value embeddings."""
+
+    def __init__(self, window, has_values, vocab_size, dtype):
+        super().__init__()
+        self.window = window
+        self.query = Linear(MODEL_DIM, MODEL_DIM)
+        self.key = Linear(MODEL_DIM, MODEL_DIM)
+        self.value = Linear(MODEL_DIM, MODEL_DIM)
+        self.out = Linear(MODEL_DIM, MODEL_DIM)
+        self.table = nn.Embedding(vocab_size, MODEL_DIM, dtype=dtype) if has_values else None
+        self.gate = Linear(GATE_CHANNELS, MODEL_DIM // HEAD_DIM) if has_values else None
+
+    def forward(self, x, inputs, cos, sin):
+        B, T, D = x.shape
+        heads = (B, T, D // HEAD_DIM, HEAD_DIM)
+        q, k, v = self.query(x).view(heads), self.key(x).view(heads), self.value(x).view(heads)
+        if self.table is not None:
+            gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # [B, T, H], 1 at first
+            v = v + gate.unsqueeze(-1) * self.table(inputs).view(heads)
+        q, k = (QK_SCALE * norm(rotate(part, cos, sin)) for part in (q, k))
+        return self.out(attention(q, k, v, self.window).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)
+        self.down = Linear(MLP_RATIO * MODEL_DIM, MODEL_DIM)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+def rotate(x, cos, sin):
+    """Rotary positions on x [B, T, H, K]: channels i and i + K / 2 turn by an angle that grows with the position."""
+    T = x.size(1)
+    cos, sin = cos[:T, None], sin[:T, None]  # [T, 1, K / 2]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def window_sizes(max_seq_len):
+    """Per block, how many earlier tokens a position sees."""
+    size = {"S": max(1, int(max_seq_len * SHORT_WINDOW)), "L": max_seq_len}
+    pattern = (WINDOW_PATTERN * DEPTH)[: DEPTH - 1] + "L"
+    return [size[letter] for letter in pattern]
+
+
+def build_model(benchmark, device, dtype=torch.float32):
+    """A fresh model of a benchmark's vocabulary and row length."""
+    settle(device)
+    with torch.device(device):
+        return GPT(benchmark.vocab_size, benchmark.max_seq_len, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: one function, three back ends. q, k, v are [B, T, H, K]; a position sees itself and `window` earlier ones
+
+
+def attention(q, k, v, window):
+    return BACK_END(q, k, v, window)
+
+
+def sdpa(q, k, v, window):
+    """torch's scaled_dot_product_attention, on any device. A short window is computed in bands of its own size."""
+    B, T, H, K = q.shape
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if window >= T - 1:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    elif T % window == 0:  # queries of a band see keys of their own and of the band before
+        bands = (B * H, T // window, window, K)
+        q, k, v = q.reshape(bands), k.reshape(bands), v.reshape(bands)
+        k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1], x], dim=2) for x in (k, v))
+        distance = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
+        mask = ((distance >= 0) & (distance <= window)).expand(T // window, -1, -1).clone()
+        mask[0, :, :window] = False  # nothing lies before the first band
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, K)
+    else:
+        distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance <= window))
+    return y.transpose(1, 2)
+
+
+def varlen(q, k, v, window):
+    """FlashAttention-2 in the torch wheel, for CUDA from Ampere on, in bfloat16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, T, H, K = q.shape
+    ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    size = (-1 if window >= T - 1 else window, 0)
+    y = varlen_attn(q.reshape(-1, H, K), k.reshape(-1, H, K), v.reshape(-1, H, K), ends, ends, T, T, window_size=size)
+    return y.view(B, T, H, K)
+
+
+def load_hub_kernel():
+    """FlashAttention-3 from the Hugging Face kernels hub, for Ampere and Hopper."""
+    if not hub_answers():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a kernel downloaded before still loads; no 23 s of retries
+    from kernels import get_kernel
+
+    flash_attn_func = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+
+    def hub(q, k, v, window):
+        size = (-1 if window >= q.size(1) - 1 else window, 0)
+        y = flash_attn_func(q, k, v, causal=True, window_size=size)
+        return y[0] if isinstance(y, tuple) else y
+
+    return hub
+
+
+def hub_answers(seconds=2):
+    """Whether the Hugging Face hub answers at once; looked up in a thread because DNS has time limits of its own."""
+    import requests
+
+    def knock():
+        try:
+            answers.append(requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds))
+        except requests.RequestException:
+            pass
+
+    answers = []
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+def choose_attention(device, dtype):
+    """The fastest back end that gives the same result as sdpa here, in a probe of value and gradient."""
+    candidates = []
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        if torch.cuda.get_device_capability(device)[0] in (8, 9):
+            candidates.append(("FlashAttention-3 of the kernels hub", load_hub_kernel))
+        candidates.append(("varlen_attn", lambda: varlen))
+    for name, load in candidates:
+        try:
+            back_end = load()
+            probe_attention(back_end, device, dtype)
+            return back_end
+        except Exception as error:  # missing, not built for this card, no network, failed launch, wrong: all the same
+            print(f"attention: no {name} here ({type(error).__name__}: {str(error).strip().splitlines()[:1]})")
+    return sdpa
+
+
+def probe_attention(back_end, device, dtype):
+    """Raise AssertionError if a back end differs from float32 sdpa by more than bfloat16 noise."""
+    shape = (2, 256, 2, HEAD_DIM)
+    q, k, v, dy = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(4))
+    for window in (32, 256):
+        results = []
+        for function, cast in ((back_end, dtype), (sdpa, torch.float32)):
+            y = function(q.to(cast), k.to(cast), v.to(cast), window)
+            results.append([y, *torch.autograd.grad(y, (q, k, v), dy.to(cast))])
+        for ours, reference in zip(*results):
+            error = (ours.float() - reference.float()).norm() / reference.float().norm()
+            assert error < 0.02, f"differs from the reference by {error:.1%} at window {window}"
+
+
+BACK_END = sdpa
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+# Amsel et al. 2025, "The Polar Express" (arXiv 2505.16932): coefficients of five steps, for a norm scaled by 1.02
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def orthogonalize(X, dtype):
+    """The nearest matrices with all singular values 1 (about): X [N, rows, cols] -> the same, in `dtype`."""
+    tall = X.size(-2) > X.size(-1)
+    X = (X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
+    X = X.mT if tall else X
+    for a, b, c in POLAR_EXPRESS:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+
+def muon_update(weights, grads, momenta, second_moments, lr, momentum, beta2, decay, dtype):
+    """
+    One Muon step on stacked matrices [N, rows, cols], in place: Nesterov momentum, orthogonalized, with the variance
+    reduction of NorMuon (Li et al. 2025, arXiv 2510.05491) and cautious weight decay. All scalars are 0-d tensors.
+    """
+    momenta.mul_(momentum).add_(grads * (1 - momentum))
+    update = orthogonalize(grads * (1 - momentum) + momenta * momentum, dtype).float()
+    rows, cols = update.shape[-2:]
+    size = update.norm(dim=(-2, -1), keepdim=True)
+    second_moments.mul_(beta2).add_(update.square().mean(dim=-1 if rows >= cols else -2, keepdim=True) * (1 - beta2))
+    update = update * second_moments.clamp_min(1e-10).rsqrt()
+    update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    agree = (update * weights >= 0).float()
+    weights.sub_(lr * math.sqrt(max(1, rows / cols)) * update + lr * decay * weights * agree)
+
+
+def adamw_update(weight, grad, mean, square, lr, beta1, beta2, eps, decay, step):
+    """One AdamW step (Loshchilov and Hutter 2019, arXiv 1711.05101), in place. All scalars are 0-d tensors."""
+    grad = grad.float()
+    mean.mul_(beta1).add_(grad * (1 - beta1))
+    square.mul_(beta2).add_(grad.square() * (1 - beta2))
+    update = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
+    weight.copy_(weight * (1 - lr * decay) - lr * update)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """
+    Muon for the groups of kind "muon" (matrices of one shape, stepped together), AdamW for those of kind "adamw".
+    All state is float32: in bfloat16 a second moment would never change. `dtype` is what Muon multiplies in.
+    """
+
+    def __init__(self, groups, dtype, compile=False):
+        super().__init__(groups, {})
+        self.dtype = dtype
+        self.steps = 0
+        self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
+        self.adamw_update = torch.compile(adamw_update, dynamic=False) if compile else adamw_update
+        for group in self.param_groups:
+            group["base_lr"], group["base_decay"] = group["lr"], group["decay"]
+            for weight in group["params"]:
+                self.state[weight] = {}
+            if group["kind"] == "muon":
+                first = group["params"][0]
+                N, (rows, cols) = len(group["params"]), first.shape
+                momenta = torch.zeros(N, rows, cols, device=first.device)
+                second_moments = torch.zeros(N, *((rows, 1) if rows >= cols else (1, cols)), device=first.device)
+                self.state[first] = {"momenta": momenta, "second_moments": second_moments}
+            else:
+                for weight in group["params"]:
+                    zeros = torch.zeros_like(weight, dtype=torch.float32)
+                    self.state[weight] = {"mean": zeros, "square": zeros.clone()}
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for group in self.param_groups:
+            scalars = {name: torch.tensor(float(group[name])) for name in ("lr", "decay")}
+            if group["kind"] == "muon":
+                scalars |= {"momentum": torch.tensor(group["momentum"]), "beta2": torch.tensor(MUON_BETA2)}
+                weights = torch.stack(group["params"])
+                grads = torch.stack([weight.grad for weight in group["params"]])
+                self.muon_update(weights, grads, *self.state[group["params"][0]].values(), **scalars, dtype=self.dtype)
+                torch._foreach_copy_(group["params"], list(weights.unbind()))
+            else:
+                beta1, beta2 = map(torch.tensor, group["betas"])
+                scalars |= {"beta1": beta1, "beta2": beta2, "eps": torch.tensor(ADAM_EPS)}
+                scalars["step"] = torch.tensor(float(self.steps))
+                for weight in group["params"]:
+                    self.adamw_update(weight, weight.grad, *self.state[weight].values(), **scalars)
+
+
+def build_optimizer(model, dtype, compile=False):
+    """Every parameter in exactly one group."""
+    matrices = {}  # shape -> the block matrices of that shape
+    for name, weight in model.blocks.named_parameters():
+        if "table" not in name:
+            matrices.setdefault(weight.shape, []).append(weight)
+    tables = [block.attention.table.weight for block in model.blocks if block.attention.table is not None]
+    scale = (MODEL_DIM / 768) ** -0.5
+    # fmt: off
+    groups = [
+        dict(kind="adamw", params=[model.wte.weight],       lr=WTE_LR * scale,   decay=WTE_DECAY,   betas=ADAM_BETAS),
+        dict(kind="adamw", params=tables,                   lr=VALUE_LR * scale, decay=VALUE_DECAY, betas=ADAM_BETAS),
+        dict(kind="adamw", params=[model.lm_head.weight],   lr=HEAD_LR * scale,  decay=HEAD_DECAY,  betas=ADAM_BETAS),
+        dict(kind="adamw", params=[model.residual_scales],  lr=RESIDUAL_LR,      decay=0.0,         betas=ADAM_BETAS),
+        dict(kind="adamw", params=[model.x0_scales],        lr=X0_LR,            decay=0.0,         betas=X0_BETAS),
+    ]
+    # fmt: on
+    groups += [dict(kind="muon", params=same, lr=MATRIX_LR, decay=MATRIX_DECAY) for same in matrices.values()]
+    return MuonAdamW(groups, dtype, compile)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: functions of progress, the share of the time budget that is used up, so that they fit any machine
+
+
+def lr_factor(progress):
+    """Constant, then a line down to FINAL_LR. No warm-up: any hurt."""
+    return FINAL_LR + (1 - FINAL_LR) * min(1.0, (1 - progress) / WARMDOWN)
+
+
+def muon_momentum(progress):
+    start, end = MUON_MOMENTUM
+    return start + (end - start) * min(1.0, progress / MOMENTUM_RAMP)
+
+
+def set_schedules(optimizer, progress):
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * lr_factor(progress)
+        if group["kind"] == "muon":
+            group["momentum"] = muon_momentum(progress)
+            group["decay"] = group["base_decay"] * (1 - progress)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+
+# peak dense bfloat16 FLOP/s by a part of the device's name (NVIDIA data sheets); the first that fits
+PEAK_FLOPS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def choose_device():
+    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(kind)
+
+
+def choose_dtype(device):
+    """bfloat16 where it is fast: on GPUs that have it, elsewhere if a matrix product takes less time than in float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+    def seconds(dtype):
+        a = torch.ones(256, 256, device=device, dtype=dtype)
+        times = []
+        for _ in range(5):
+            prepare.synchronize(device)
+            start = time.perf_counter()
+            a @ a
+            prepare.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
+
+
+def warm_up(model, optimizer, inputs, targets, accumulation):
+    """
+    Compile everything by running a few steps and a scoring pass, then put weights and random state back, so that none
+    of it is training; the optimizer is for this only. Returns the seconds of the last step.
+    """
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.random.fork_rng():
+        for _ in range(WARMUP_STEPS):
+            start = time.monotonic()
+            train_step(model, optimizer, [(inputs, targets)] * accumulation, progress=0.0)
+            prepare.synchronize(inputs.device)
+            seconds = time.monotonic() - start
+        model.eval()
+        with torch.no_grad():
+            model(inputs)
+    model.train()
+    model.load_state_dict(weights)
+    return seconds
+
+
+def train_step(model, optimizer, batches, progress):
+    """One optimizer step on the mean loss of the batches, which is returned as a tensor, so that nobody waits for it."""
+    total = 0.0
+    for inputs, targets in batches:
+        loss = model(inputs, targets) / len(batches)
+        loss.backward()
+        total = total + loss.detach()
+    set_schedules(optimizer, progress)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def check_loss(loss, step, progress):
+    """Stop a run that has diverged: no score is better than a wrong one."""
+    if not loss <= 100:  # also true of NaN
+        rate = MATRIX_LR * lr_factor(progress)
+        raise SystemExit(f"stopped at step {step}: the loss is {loss} (MATRIX_LR now {rate:.4g}); lower the rates")
+
+
+def out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) and "alloc" in str(error)
+
+
+def main():
+    global BACK_END, COMPILE
+    sys.stdout.reconfigure(line_buffering=True)
+    device = choose_device()
+    settle(device)
+    benchmark = load_benchmark()
+    clock = TrainingClock(benchmark, device)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))  # the second run compiles nothing
+    torch.set_float32_matmul_precision("high")
+    dtype = choose_dtype(device)
+    BACK_END = choose_attention(device, dtype)
+    startup_seconds = time.monotonic() - prepare.PROCESS_START
+
+    # Warm-up: compiles, finds out what fits in memory, and is no training
+    T = benchmark.max_seq_len
+    rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // T))
+    while True:
+        model = optimizer = None  # what did not fit is freed first
+        torch.manual_seed(benchmark.seed)
+        model = build_model(benchmark, device, dtype)
+        accumulation = max(1, round(TOTAL_BATCH_SIZE / (rows * T)))
+        tokens = torch.randint(benchmark.vocab_size, (rows, T + 1), device=device)
+        try:
+            if COMPILE:
+                model.compile_parts()
+            optimizer = build_optimizer(model, dtype, COMPILE)
+            step_seconds = warm_up(model, optimizer, tokens[:, :-1], tokens[:, 1:], accumulation)
+            break
+        except Exception as error:  # of any type: compilers and memory fail in many ways
+            if out_of_memory(error) and rows > 1:
+                print(f"DEVICE_BATCH_SIZE: {rows} rows do not fit in memory, trying {rows // 2}")
+                rows //= 2
+            elif COMPILE and not out_of_memory(error):
+                print(f"COMPILE: torch.compile failed here, going on without ({prepare.first_line(error)})")
+                COMPILE = False
+            else:
+                raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    batch_tokens = accumulation * rows * T
+    num_params = sum(weight.numel() for weight in model.parameters())
+    print(
+        f"{prepare.device_name(device)}, {benchmark.id}, seed {benchmark.seed}: {num_params / 1e6:.1f}M parameters in "
+        f"{str(dtype)[6:]}, {batch_tokens:,} tokens a step ({accumulation} x {rows} rows), attention {BACK_END.__name__}"
+    )
+    warmup_seconds = time.monotonic() - prepare.PROCESS_START - startup_seconds
+
+    # Training: until another step would end too late
+    optimizer = build_optimizer(model, dtype, COMPILE)
+    loader = make_dataloader(benchmark, "train", rows, device)
+    status = Progress(max(10, benchmark.time_budget / 50))
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in prepare.device_name(device)), math.inf)
+    step, previous = 0, None
+
+    def mfu_percent():
+        return 100 * model.flops_per_token() * step * batch_tokens / clock.elapsed / peak
+
+    clock.start()
+    while clock.elapsed + step_seconds < (1 + OVERTIME) * benchmark.time_budget:
+        progress = clock.progress
+        batches = []
+        for _ in range(accumulation):
+            inputs, targets, epoch = next(loader)
+            batches.append((inputs, targets))
+        loss = train_step(model, optimizer, batches, progress)
+        step += 1
+        step_seconds = clock.elapsed / step
+        if previous is not None:  # the loss of the step before, by now: the device is busy with this one
+            value = previous.item()
+            check_loss(value, step - 1, progress)
+            speed = step * batch_tokens / clock.elapsed
+            status(
+                f"step {step:05d} | {progress:.1%} | loss {value:.4f} | lr x{lr_factor(progress):.2f} | "
+                f"{speed:,.0f} tok/s | mfu {mfu_percent():.1f}% | epoch {epoch} | "
+                f"{benchmark.time_budget - clock.elapsed:.0f} s left"
+            )
+        previous = loss
+    clock.stop()
+    loader.close()
+    check_loss(previous.item(), step, clock.progress)
+    status(f"step {step:05d} | 100% | loss {previous.item():.4f} | done", last=True)
+
+    trained = time.monotonic()
+    val_bpb = evaluate_bpb(model, benchmark, rows, clock)
+    now = time.monotonic()
+    # fmt: off
+    summary = {
+        "val_bpb":          f"{val_bpb:.6f}",
+        "training_seconds": f"{clock.elapsed:.1f}",
+        "total_seconds":    f"{now - prepare.PROCESS_START:.1f}",
+        "peak_vram_mb":     f"{prepare.peak_memory_mb(device):.1f}",
+        "mfu_percent":      f"{mfu_percent():.2f}",
+        "total_tokens_M":   f"{step * batch_tokens / 1e6:.1f}",
+        "num_steps":        f"{step}",
+        "num_params_M":     f"{num_params / 1e6:.1f}",
+        "depth":            f"{DEPTH}",
+        "device":           prepare.device_name(device),
+        "benchmark":        benchmark.id,
+        "seed":             f"{benchmark.seed}",
+        "overhead_seconds": f"startup {startup_seconds:.1f}, warm-up {warmup_seconds:.1f}, scoring {now - trained:.1f}",
+    }
+    # fmt: on
+    print("---")
+    for name, value in summary.items():
+        print(f"{name + ':':<17} {value}")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
