@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
 RECORD_SUFFIXES = (".jsonl", ".parquet")  # files of many documents
 FEW_GROUPS = 10  # with fewer groups of local text than this, files are cut into blocks of ...
 BLOCK_CHARACTERS = 65_536  # ... this size, each a group of its own
+TOO_SMALL = "text too small: add some, or lower --val-rows and --holdout-rows, which leave nothing to train on"
 CHARACTERS_PER_TOKEN = (4, 8, 16)  # guesses, tried in turn: how much text to set aside for validation and holdout
 
 DOWNLOAD_WORKERS = 4
@@ -121,7 +123,7 @@ def load_benchmark():
     """
     The benchmark that prepare.py built or chose last. Its seed is 42, or $AUTORESEARCH_SEED to repeat the same file.
 
-    Raises SystemExit, with a line that says how to mend it, if there is none or if its files are not whole.
+    Raises SystemExit, with a line that says how to mend it, if there is none or if it was changed or is not whole.
     """
     try:
         path = HOME / (HOME / "current").read_text().strip()
@@ -129,9 +131,12 @@ def load_benchmark():
     except FileNotFoundError:
         raise SystemExit('no benchmark prepared: run "uv run prepare.py" first') from None
     except ValueError:
-        raise SystemExit(broken(path, "benchmark.json is not valid JSON")) from None
-    if reason := find_damage(path, record):
-        raise SystemExit(broken(path, reason))
+        record, reason = {}, "benchmark.json is not valid JSON"
+    else:
+        reason = find_damage(path, record)
+    if reason:
+        command = f"uv run prepare.py {record.get('arguments', '')}".strip()
+        raise SystemExit(f'benchmark {path.name} is damaged: {reason}; run "{command}" again, which mends it')
     seed = os.environ.get("AUTORESEARCH_SEED", str(SEED))
     if not seed.isdecimal():
         raise SystemExit(f"AUTORESEARCH_SEED={seed}: must be a whole number")
@@ -161,10 +166,6 @@ def find_damage(path, record, read_everything=False):
         return "benchmark.json is incomplete"
 
 
-def broken(path, reason):
-    return f'benchmark {path.name} is damaged: {reason}; delete {path} and run "uv run prepare.py" again'
-
-
 def benchmark_id(record):
     """Same id, same exam: it hashes every constant and the content of every file."""
     content = json.dumps([record["dataset"], record["settings"], record["files"]], sort_keys=True)
@@ -188,17 +189,13 @@ class Progress:
     def __init__(self, seconds=10):
         self.terminal = sys.stdout.isatty()
         self.seconds = 0.2 if self.terminal else seconds
-        self.printed = time.monotonic() if not self.terminal else 0
-        self.width = 0
+        self.printed = time.monotonic()
 
     def __call__(self, line, last=False):
         if last or time.monotonic() - self.printed >= self.seconds:
             self.printed = time.monotonic()
-            print(f"\r{line:<{self.width}}" if self.terminal else line, end="\n" if last else self.end(), flush=True)
-            self.width = 0 if last else len(line)
-
-    def end(self):
-        return "" if self.terminal else "\n"
+            start, end = ("\r\033[K", "\n" if last else "") if self.terminal else ("", "\n")  # erases the line before
+            print(f"{start}{line}", end=end, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,9 +409,8 @@ def download(url, path, received):
             part.unlink()  # whole but not a parquet file: nothing to go on from
             reason = str(error)
     raise SystemExit(
-        f"could not download {url}: {reason}\n"
-        "check the network, or name a mirror in HF_ENDPOINT, and run this again (it resumes); "
-        "offline, use --dataset local"
+        f"could not download {url}: {reason}; check the network or name a mirror in HF_ENDPOINT, and run this again "
+        "(it resumes); offline, use --dataset local"
     )
 
 
@@ -574,11 +570,13 @@ def write_rows(path, rows, row_length):
         fields = {"descr": "<u2", "fortran_order": False, "shape": (count, row_length)}
         np.lib.format.write_array_header_1_0(file, fields)
 
+    progress = Progress()
     with open(path, "wb") as file:
         header(0)
         count = 0
         for count, row in enumerate(rows, 1):
             file.write(row.astype("<u2", copy=False))
+            progress(f"packing {path.name}: {count:,} rows")
         file.seek(0)
         header(count)
     return count
@@ -589,85 +587,79 @@ def write_rows(path, rows, row_length):
 
 
 def build(dataset, settings, local_text, num_shards):
-    """Write a benchmark's files into the folder .building under HOME. Returns the folder and what was counted."""
+    """Write a benchmark's files into the folder .building under HOME. Returns it, and what was counted."""
     folder = HOME / ".building"
     shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed; the lock says that nobody is at it
     folder.mkdir()
-    vocab_size, row_length = settings["vocab_size"], settings["max_seq_len"] + 1
+    row_length = settings["max_seq_len"] + 1
     wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"]}
     split = settings["long_documents"] == "split"
-    seen = Counter()  # tokenized so far
-    too_small = (
-        f"text too small: {wanted['val']} validation and {wanted['holdout']} holdout rows of {row_length - 1} tokens "
-        "leave nothing to train on; add text, or lower --val-rows and --holdout-rows"
-    )
-
-    def tokenized(batches):
-        for batch in encode_batches(tokenizer, batches):
-            seen.update(batches=1, documents=len(batch))
-            yield batch
-
-    if dataset == "climbmix":  # the protocol of the reference project: one stream of rows from a shard of its own
-        *shards, validation = fetch(dataset, [f"shard_{i:05}.parquet" for i in (*range(num_shards), VALIDATION_SHARD)])
-        tokenizer = Tokenizer.train(itertools.chain.from_iterable(map(parquet_batches, shards)), vocab_size)
-        stream = pack(tokenized(parquet_batches(validation)), row_length, tokenizer.bos_id, split)
+    if dataset == "climbmix":  # a shard of its own is scored: one stream of rows, as in the reference project
+        *shards, scored = fetch(dataset, [f"shard_{i:05}.parquet" for i in (*range(num_shards), VALIDATION_SHARD)])
+        read = lambda: itertools.chain.from_iterable(map(parquet_batches, shards))  # noqa: E731
+        tokenizer = Tokenizer.train(read(), settings["vocab_size"])
+        stream = pack(encode_batches(tokenizer, parquet_batches(scored)), row_length, tokenizer.bos_id, split)
         rows = {name: list(itertools.islice(stream, count)) for name, count in wanted.items()}
-        training = tokenized(itertools.chain.from_iterable(map(parquet_batches, shards)))
-    else:  # one stream of documents: validation takes what it needs, then holdout, the rest is for training
+        training = encode_batches(tokenizer, read())
+    else:  # validation takes what it needs from the front of one stream of documents, then holdout, the rest is trained on
         read = local_text.batches if local_text else lambda: parquet_batches(fetch(dataset, TINYSTORIES_FILES)[0])
         for guess in CHARACTERS_PER_TOKEN:
-            missing = sum(wanted.values()) * row_length * guess
-            batches = read()
-            while missing > 0 and (batch := next(batches, None)) is not None:
-                missing -= sum(map(len, batch))
-                seen["reserved"] += 1
-            training_text = next(batches, None)
-            if training_text is None:
-                raise SystemExit(too_small)
-            tokenizer = Tokenizer.train(itertools.chain([training_text], batches), vocab_size)
-            reserved = seen["reserved"]
-            seen.clear()
-            training = tokenized(read())
-            rows = {
-                name: take_rows(training, count, row_length, tokenizer.bos_id, split) for name, count in wanted.items()
-            }
-            if seen["batches"] <= reserved:
-                break  # else the tokenizer has seen validation text: set more aside
-    if any(len(rows[name]) < count for name, count in wanted.items()):
-        raise SystemExit(too_small)
+            reserved = count_batches(read(), sum(wanted.values()) * row_length * guess)
+            tokenizer = Tokenizer.train(itertools.islice(read(), reserved, None), settings["vocab_size"])
+            taken = itertools.count()
+            training = (batch for batch, _ in zip(encode_batches(tokenizer, read()), taken))
+            rows = {name: take_rows(training, n, row_length, tokenizer.bos_id, split) for name, n in wanted.items()}
+            if next(taken) <= reserved:
+                break  # else the tokenizer has seen text that is scored: set more aside
+
+    documents = 0
+
+    def counted():
+        nonlocal documents
+        for batch in training:
+            documents += len(batch)
+            yield batch
 
     tokenizer.save(folder)
     np.save(folder / "token_bytes.npy", tokenizer.token_bytes())
-    for name in wanted:
-        write_rows(folder / f"{name}.npy", rows[name], row_length)
-    val_ids = np.concatenate(rows["val"])
-    seen.clear()
-    train_rows = write_rows(folder / "train.npy", pack(training, row_length, tokenizer.bos_id, split), row_length)
-    if not train_rows:
-        raise SystemExit(
-            "text too small: nothing is left to train on; add text, or lower --val-rows and --holdout-rows"
-        )
+    rows["train"] = pack(counted(), row_length, tokenizer.bos_id, split)
+    written = {name: write_rows(folder / f"{name}.npy", rows[name], row_length) for name in rows}
+    if any(written[name] < count for name, count in (*wanted.items(), ("train", 1))):
+        raise SystemExit(TOO_SMALL)
+    scored_ids = np.concatenate(rows["val"])
     return folder, {
-        "train_documents": seen["documents"],
-        "train_rows": train_rows,
-        "bytes_per_token": round(float(tokenizer.token_bytes()[val_ids].sum() / len(val_ids)), 3),
+        "train_documents": documents,
+        "train_rows": written["train"],
+        "bytes_per_token": round(float(tokenizer.token_bytes()[scored_ids].sum() / len(scored_ids)), 3),
         **(local_text.counts if local_text else {}),
     }
 
 
-def install(folder, dataset, settings, counts, request):
+def count_batches(batches, characters):
+    """How many batches have that many characters. Raises SystemExit if nothing comes after them."""
+    for count, batch in enumerate(batches):
+        if characters <= 0:
+            return count
+        characters -= sum(map(len, batch))
+    raise SystemExit(TOO_SMALL)
+
+
+def install(folder, request, settings, counts, arguments):
     """Move a finished build to its place and make it the current benchmark. benchmark.json comes last."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    record = {"dataset": dataset, "settings": settings, "files": files, "counts": counts, "request": request}
-    record["id"] = benchmark_id(record)
-    record["prepare_sha256"] = sha256(__file__)
-    record["prepared"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {"dataset": request["dataset"], "settings": settings, "files": files, "counts": counts}
+    record = {"id": benchmark_id(record), **record, "request": request, "arguments": arguments}
+    record |= {"prepare_sha256": sha256(__file__), "prepared": now()}
     target = HOME / record["id"]
     target.mkdir(exist_ok=True)  # may hold the same exam, with its journal, built by an older prepare.py
     for name in files:
         os.replace(folder / name, target / name)
     write_atomically(target / "benchmark.json", json.dumps(record, indent=1).encode())
     return record
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def write_atomically(path, content):
@@ -953,7 +945,7 @@ def record_run(model, benchmark, clock, val_bpb, holdout_bpb):
     """Append the run to journal.jsonl; keep its weights and commit in best.pt when no run before scored better."""
     best = min((run["val_bpb"] for run in read_journal(benchmark)), default=math.inf)
     run = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": now(),
         "benchmark": benchmark.id,
         **clock.origin,
         "same_prepare": clock.origin["prepare_sha256"] == benchmark.prepared_by,
@@ -1060,8 +1052,9 @@ def main(arguments=None):
     settings |= {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     num_shards = options.num_shards or DEFAULT_SHARDS
     local_text = LocalText(options.text) if options.dataset == "local" else None
-    source = local_text.fingerprint() if local_text else num_shards if options.dataset == "climbmix" else None
-    request = {"dataset": options.dataset, **settings, "source": source}
+    request = {"dataset": options.dataset, **settings, "sources": options.text or [], "num_shards": num_shards}
+    request["fingerprint"] = local_text and local_text.fingerprint()
+    arguments = shlex.join(sys.argv[1:] if arguments is None else arguments)
 
     try:
         HOME.mkdir(parents=True, exist_ok=True)
@@ -1070,7 +1063,7 @@ def main(arguments=None):
             record = find_prepared(request)
             if not record:
                 folder, counts = build(options.dataset, settings, local_text, num_shards)
-                record = install(folder, options.dataset, settings, counts, request)
+                record = install(folder, request, settings, counts, arguments)
                 shutil.rmtree(folder)
                 print(f"prepared in {time.monotonic() - started:.1f} s")
             write_atomically(HOME / "current", record["id"].encode())
