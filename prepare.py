@@ -36,6 +36,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 PROCESS_START = time.monotonic()  # before the imports that take seconds, so that total_seconds counts them
+sys.dont_write_bytecode = False  # containers like to set it, and then torch takes 3 s longer to import in every run
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -76,7 +77,6 @@ RECORD_SUFFIXES = (".jsonl", ".parquet")  # files of many documents
 FEW_GROUPS = 10  # with fewer groups of local text than this, files are cut into blocks of ...
 BLOCK_CHARACTERS = 65_536  # ... this size, each a group of its own
 TOO_SMALL = "text too small: add some, or lower --val-rows and --holdout-rows, which leave nothing to train on"
-CHARACTERS_PER_TOKEN = (4, 8, 16)  # guesses, tried in turn: how much text to set aside for validation and holdout
 
 DOWNLOAD_WORKERS = 4
 DOWNLOAD_ATTEMPTS = 4
@@ -84,7 +84,7 @@ DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 RETRY_SECONDS = 1.0  # before the second attempt; doubles with each
 
 LATE_LIMIT = 1.1  # a run that trained for longer than this many budgets is not scored
-MAX_LOGIT_BYTES = 2 << 30  # of one scoring step, in float32
+MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
 PROBE_ROWS = 8  # rows whose future the causality probe replaces
 PROBE_TOLERANCE = 0.02  # logits may move by this share of their standard deviation: bfloat16 noise
 
@@ -151,7 +151,7 @@ def load_benchmark():
 
 
 def find_damage(path, record, read_everything=False):
-    """What is wrong with a prepared benchmark, or None. Sizes are always compared, hashes when `read_everything`."""
+    """What is wrong with a prepared benchmark, or None. Of the training rows only the size, if not `read_everything`."""
     try:
         if not benchmark_id(record) == record["id"] == path.name:
             return "benchmark.json was changed after it was prepared"
@@ -160,7 +160,7 @@ def find_damage(path, record, read_everything=False):
                 return f"{name} is missing"
             if (path / name).stat().st_size != file["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {file['bytes']}"
-            if read_everything and sha256(path / name) != file["sha256"]:
+            if (read_everything or name != "train.npy") and sha256(path / name) != file["sha256"]:
                 return f"{name} was changed after it was prepared"
     except (KeyError, TypeError, AttributeError):
         return "benchmark.json is incomplete"
@@ -307,11 +307,12 @@ class LocalText:
             except UnicodeEncodeError:  # a lone surrogate, which only JSON can spell
                 self.counts["skipped documents"] += 1
                 continue
-            if text and digest not in seen:
-                fresh.append(text)
+            if digest in seen or not text:
+                self.counts["duplicates"] += 1
+                continue
             seen.add(digest)
-        self.counts["duplicates"] += len(texts) - len(fresh)
-        self.counts["documents"] += len(fresh)
+            self.counts["documents"] += 1
+            fresh.append(text)
         return fresh
 
 
@@ -603,14 +604,14 @@ def build(dataset, settings, local_text, num_shards):
         training = encode_batches(tokenizer, read())
     else:  # validation takes what it needs from the front of one stream of documents, then holdout, the rest is trained on
         read = local_text.batches if local_text else lambda: parquet_batches(fetch(dataset, TINYSTORIES_FILES)[0])
-        for guess in CHARACTERS_PER_TOKEN:
+        for guess in (4 * 2**i for i in itertools.count()):  # characters per token
             reserved = count_batches(read(), sum(wanted.values()) * row_length * guess)
             tokenizer = Tokenizer.train(itertools.islice(read(), reserved, None), settings["vocab_size"])
             taken = itertools.count()
             training = (batch for batch, _ in zip(encode_batches(tokenizer, read()), taken))
             rows = {name: take_rows(training, n, row_length, tokenizer.bos_id, split) for name, n in wanted.items()}
             if next(taken) <= reserved:
-                break  # else the tokenizer has seen text that is scored: set more aside
+                break  # else the tokenizer has seen text that is scored: set more aside, until nothing is left
 
     documents = 0
 
@@ -676,7 +677,7 @@ def find_prepared(request):
         except ValueError:
             continue
         same = record.get("request") == request and record.get("prepare_sha256") == sha256(__file__)
-        if same and not find_damage(path.parent, record):
+        if same and not find_damage(path.parent, record, read_everything=True):
             return record
 
 
@@ -821,13 +822,19 @@ def find_origin():
     """What is being run: the commit, whether tracked files differ from it, and hashes of the script and of this file."""
 
     def git(*words):
-        run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return run.stdout.strip() if run.returncode == 0 else None
+        try:
+            return subprocess.run(
+                ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
+            return None
 
+    folder = Path(__file__).parent
+    changes = git("status", "--porcelain", "--untracked-files=no")
     script = getattr(sys.modules["__main__"], "__file__", None)
     return {
         "commit": git("rev-parse", "HEAD"),
-        "dirty": git("status", "--porcelain", "--untracked-files=no") != "",
+        "dirty": None if changes is None else changes != "",
         "script": script and Path(script).name,
         "train_sha256": script and sha256(script),
         "prepare_sha256": sha256(__file__),
@@ -849,7 +856,7 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
     """
     try:
         clock.check()
-        batch_size = max(1, min(batch_size, MAX_LOGIT_BYTES // (4 * benchmark.max_seq_len * benchmark.vocab_size)))
+        batch_size = scoring_rows(benchmark, batch_size)
         was_training = getattr(model, "training", False)
         if was_training:
             model.eval()
@@ -864,6 +871,11 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         return val_bpb
     finally:
         clock.lock.release()
+
+
+def scoring_rows(benchmark, batch_size):
+    """Rows that are scored at once: at most `batch_size`, and so few that their logits stay under MAX_LOGIT_BYTES."""
+    return max(1, min(batch_size, MAX_LOGIT_BYTES // (4 * benchmark.max_seq_len * benchmark.vocab_size)))
 
 
 @torch.no_grad()
@@ -924,6 +936,7 @@ def check_causality(model, rows, batch_size, vocab_size, device):
         later[row, :cut] = ids[row, :cut]
     logits = predict(model, ids, vocab_size)
     before = {row: logits[row, :cut].clone() for row, cut in cuts.items()}
+    del logits
     logits = predict(model, later, vocab_size)
     for row, cut in cuts.items():
         moved = (logits[row, :cut] - before[row]).abs().amax(dim=1) > PROBE_TOLERANCE * before[row].std()
@@ -959,19 +972,25 @@ def record_run(model, benchmark, clock, val_bpb, holdout_bpb):
         "peak_memory_mb": round(peak_memory_mb(clock.device), 1),
         "device": device_name(clock.device),
     }
-    with open(benchmark.path / "journal.jsonl", "a") as journal:
-        journal.write(json.dumps(run) + "\n")
     if val_bpb < best and isinstance(model, torch.nn.Module):
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in model.state_dict().items()}
+        weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
         temporary = benchmark.path / "best.pt.tmp"
         torch.save({"commit": run["commit"], "val_bpb": val_bpb, "model": weights}, temporary)
         os.replace(temporary, benchmark.path / "best.pt")
+    with open(benchmark.path / "journal.jsonl", "a") as journal:
+        journal.write(json.dumps(run) + "\n")
 
 
 def read_journal(benchmark):
     """The scored runs of a benchmark, oldest first: a list of dicts."""
     path = benchmark.path / "journal.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            runs.append(json.loads(line))
+        except ValueError:
+            print(f"{path}:{number}: skipped, not a whole line")
+    return runs
 
 
 def device_name(device):

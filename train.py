@@ -8,8 +8,10 @@ The agent rewrites this file as it likes; prepare.py times the training and scor
 Sections: Hyperparameters, Model, Attention, Optimizer, Schedules, Main
 """
 
+import gc
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -141,7 +143,7 @@ class GPT(nn.Module):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
         x = x0 = norm(self.wte(inputs))
         for block, r, z in zip(self.blocks, self.residual_scales, self.x0_scales):
-            x = block(r * x + z * x0, inputs, self.cos, self.sin)
+            x = block(x, x0, r, z, inputs, self.cos, self.sin)
         return self.head(x, targets)
 
     def head(self, x, targets):
@@ -167,7 +169,8 @@ class Block(nn.Module):
         self.attention = Attention(window, has_values, vocab_size, dtype)
         self.mlp = MLP()
 
-    def forward(self, x, inputs, cos, sin):
+    def forward(self, x, x0, r, z, inputs, cos, sin):
+        x = r * x + z * x0
         x = x + self.attention(norm(x), inputs, cos, sin)
         return x + self.mlp(norm(x))
 
@@ -310,10 +313,10 @@ def choose_attention(device, dtype):
     for name, load in candidates:
         try:
             back_end = load()
-            probe_attention(back_end, device, dtype)
+            probe_attention(torch.compile(back_end, dynamic=False) if COMPILE else back_end, device, dtype)
             return back_end
         except Exception as error:  # missing, not built for this card, no network, failed launch, wrong: all the same
-            print(f"attention: no {name} here ({type(error).__name__}: {str(error).strip().splitlines()[:1]})")
+            print(f"attention: no {name} here ({type(error).__name__}: {prepare.first_line(error)})")
     return sdpa
 
 
@@ -475,12 +478,20 @@ def set_schedules(optimizer, progress):
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 
-# peak dense bfloat16 FLOP/s by a part of the device's name (NVIDIA data sheets); the first that fits
+# peak dense bfloat16 FLOP/s by words of the device's name (NVIDIA data sheets); the first that fits
 PEAK_FLOPS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
     "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
+
+
+def peak_flops(device_name):
+    """Infinite where the device is not known, so that its utilisation prints as 0.00; never a guess."""
+    for name, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b(?!.*\b(Laptop|Ti|D|NVL)\b)", device_name):
+            return flops
+    return math.inf
 
 
 def choose_device():
@@ -494,9 +505,10 @@ def choose_dtype(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
     def seconds(dtype):
-        a = torch.ones(256, 256, device=device, dtype=dtype)
+        size = 512 if device.type == "cpu" else 2048
+        a = torch.ones(size, size, device=device, dtype=dtype)
         times = []
-        for _ in range(5):
+        for _ in range(10):
             prepare.synchronize(device)
             start = time.perf_counter()
             a @ a
@@ -507,9 +519,9 @@ def choose_dtype(device):
     return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
 
 
-def warm_up(model, optimizer, inputs, targets, accumulation):
+def warm_up(model, optimizer, inputs, targets, accumulation, scoring_rows):
     """
-    Compile everything by running a few steps and a scoring pass, then put weights and random state back, so that none
+    Compile everything by running a few steps and a scoring pass of so many rows, then put weights and random state back, so that none
     of it is training; the optimizer is for this only. Returns the seconds of the last step.
     """
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -521,7 +533,7 @@ def warm_up(model, optimizer, inputs, targets, accumulation):
             seconds = time.monotonic() - start
         model.eval()
         with torch.no_grad():
-            model(inputs)
+            model(inputs[:scoring_rows].clone())
     model.train()
     model.load_state_dict(weights)
     return seconds
@@ -556,9 +568,11 @@ def main():
     sys.stdout.reconfigure(line_buffering=True)
     device = choose_device()
     settle(device)
+    COMPILE = COMPILE and device.type != "mps"
     benchmark = load_benchmark()
     clock = TrainingClock(benchmark, device)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))  # the second run compiles nothing
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # skips a test of the compiler, 3 s in every run on a CPU
     torch.set_float32_matmul_precision("high")
     dtype = choose_dtype(device)
     BACK_END = choose_attention(device, dtype)
@@ -568,16 +582,23 @@ def main():
     T = benchmark.max_seq_len
     rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // T))
     while True:
-        model = optimizer = None  # what did not fit is freed first
         torch.manual_seed(benchmark.seed)
         model = build_model(benchmark, device, dtype)
+        num_params = sum(weight.numel() for weight in model.parameters())
         accumulation = max(1, round(TOTAL_BATCH_SIZE / (rows * T)))
+        batch_tokens = accumulation * rows * T
+        print(
+            f"{prepare.device_name(device)}, {benchmark.id}, seed {benchmark.seed}: {num_params / 1e6:.1f}M parameters in "
+            f"{str(dtype)[6:]}, attention {BACK_END.__name__}, {batch_tokens:,} tokens a step "
+            f"({accumulation} x {rows} rows); warming up{', compiling what is new' if COMPILE else ''}"
+        )
         tokens = torch.randint(benchmark.vocab_size, (rows, T + 1), device=device)
         try:
             if COMPILE:
                 model.compile_parts()
             optimizer = build_optimizer(model, dtype, COMPILE)
-            step_seconds = warm_up(model, optimizer, tokens[:, :-1], tokens[:, 1:], accumulation)
+            scoring_rows = prepare.scoring_rows(benchmark, rows)
+            step_seconds = warm_up(model, optimizer, tokens[:, :-1], tokens[:, 1:], accumulation, scoring_rows)
             break
         except Exception as error:  # of any type: compilers and memory fail in many ways
             if out_of_memory(error) and rows > 1:
@@ -588,28 +609,26 @@ def main():
                 COMPILE = False
             else:
                 raise
+        model = optimizer = None
+        gc.collect()  # compiled modules are cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    batch_tokens = accumulation * rows * T
-    num_params = sum(weight.numel() for weight in model.parameters())
-    print(
-        f"{prepare.device_name(device)}, {benchmark.id}, seed {benchmark.seed}: {num_params / 1e6:.1f}M parameters in "
-        f"{str(dtype)[6:]}, {batch_tokens:,} tokens a step ({accumulation} x {rows} rows), attention {BACK_END.__name__}"
-    )
+            torch.cuda.reset_peak_memory_stats()
     warmup_seconds = time.monotonic() - prepare.PROCESS_START - startup_seconds
 
     # Training: until another step would end too late
     optimizer = build_optimizer(model, dtype, COMPILE)
     loader = make_dataloader(benchmark, "train", rows, device)
     status = Progress(max(10, benchmark.time_budget / 50))
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in prepare.device_name(device)), math.inf)
+    peak = peak_flops(prepare.device_name(device))
+    in_flight = 0 if device.type == "cpu" else 1  # steps that the device has yet to finish when one is queued
     step, previous = 0, None
 
     def mfu_percent():
         return 100 * model.flops_per_token() * step * batch_tokens / clock.elapsed / peak
 
     clock.start()
-    while clock.elapsed + step_seconds < (1 + OVERTIME) * benchmark.time_budget:
+    while step == 0 or clock.elapsed + (1 + in_flight) * step_seconds < (1 + OVERTIME) * benchmark.time_budget:
         progress = clock.progress
         batches = []
         for _ in range(accumulation):
@@ -617,10 +636,10 @@ def main():
             batches.append((inputs, targets))
         loss = train_step(model, optimizer, batches, progress)
         step += 1
-        step_seconds = clock.elapsed / step
         if previous is not None:  # the loss of the step before, by now: the device is busy with this one
             value = previous.item()
             check_loss(value, step - 1, progress)
+            step_seconds = clock.elapsed / (step - in_flight)
             speed = step * batch_tokens / clock.elapsed
             status(
                 f"step {step:05d} | {progress:.1%} | loss {value:.4f} | lr x{lr_factor(progress):.2f} | "

@@ -272,7 +272,7 @@ def test_unusable_home(tmp_path):
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "edited", "json", "folder"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "edited", "json", "folder"])
 def test_damage_is_found_and_mended(home, tmp_path, damage):
     (tmp_path / "a.txt").write_text("".join(stories(0, 4000)))
     arguments = ["--text", str(tmp_path / "a.txt"), *TINY]
@@ -283,6 +283,8 @@ def test_damage_is_found_and_mended(home, tmp_path, damage):
         (path / "train.npy").unlink()
     elif damage == "truncated":
         (path / "val.npy").write_bytes(before["val.npy"][:-2])
+    elif damage == "flipped":
+        (path / "holdout.npy").write_bytes(before["holdout.npy"][:-1] + bytes([before["holdout.npy"][-1] ^ 1]))
     elif damage == "edited":
         (path / "benchmark.json").write_bytes(
             before["benchmark.json"].replace(b'"time_budget": 1.0', b'"time_budget": 9.0')
@@ -300,6 +302,43 @@ def test_damage_is_found_and_mended(home, tmp_path, damage):
     assert {name: after[name] for name in before if name != "benchmark.json"} == {
         name: before[name] for name in before if name != "benchmark.json"
     }
+
+
+def test_a_flipped_training_row_is_mended_too(home, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(stories(0, 4000)))
+    for _ in range(2):
+        prepare.main(["--text", str(tmp_path / "a.txt"), *TINY])
+        rows = prepare.load_benchmark().path / "train.npy"
+        content = rows.read_bytes()
+        rows.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    prepare.main(["--text", str(tmp_path / "a.txt"), *TINY])
+    assert rows.read_bytes() == content
+
+
+def test_the_tokenizer_never_sees_scored_text(home, tmp_path, monkeypatch):
+    """Long groups of long words: the first guess at how much text validation needs is too small."""
+    words = [
+        " ".join(f"internationalization{chr(97 + i % 26)}" for i in range(start, start + 400)) for start in range(300)
+    ]
+    for i, text in enumerate(words):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    trained_on = []
+    train = prepare.Tokenizer.train.__func__
+
+    def spy(cls, batches, vocab_size):
+        batches = list(batches)
+        trained_on.append({text for batch in batches for text in batch})
+        return train(cls, batches, vocab_size)
+
+    monkeypatch.setattr(prepare.Tokenizer, "train", classmethod(spy))
+    prepare.main(["--text", str(tmp_path / "text"), *TINY, "--val-rows", "60"])
+    benchmark = prepare.load_benchmark()
+    tokenizer = prepare.Tokenizer.load(benchmark.path)
+    assert len(trained_on) > 1
+    sources = list(prepare.LocalText([str(tmp_path / "text")]).batches())
+    scored = sum(len(tokenizer.encode(text)) + 1 for batch in sources for text in batch if text not in trained_on[-1])
+    assert scored >= (60 + 3) * 33  # all that was scored was set aside
 
 
 def test_seed_must_be_a_number(benchmark, monkeypatch):

@@ -297,13 +297,23 @@ def test_journal_and_best(benchmark):
     assert best["val_bpb"] == min(scores) and torch.equal(best["model"]["table"], Bigram(512, 0.1).table)
 
 
+def test_a_torn_line_of_the_journal_is_skipped_with_a_word(benchmark, clock, capsys):
+    path = benchmark.path / "journal.jsonl"
+    before = path.read_text() if path.exists() else ""
+    path.write_text(before + '{"val_bpb": 1.0, "see\n')
+    prepare.evaluate_bpb(Bigram(512), benchmark, 8, clock)
+    assert len(prepare.read_journal(benchmark)) == before.count("\n") + 1
+    assert "skipped" in capsys.readouterr().out
+    path.write_text(before)
+
+
 def test_origin_names_commit_and_dirt(tmp_path, monkeypatch):
     def git(*words):
         return subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))
     (tmp_path / "prepare.py").write_text("")
-    assert prepare.find_origin()["commit"] is None  # not a repository
+    assert prepare.find_origin()["commit"] is None and prepare.find_origin()["dirty"] is None  # not a repository
     git("init", "-q")
     git("add", ".")
     git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first")

@@ -279,11 +279,29 @@ def test_schedules():
 # The loop
 
 
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", math.inf),
+        ("NVIDIA RTX A1000", math.inf),
+        ("NVIDIA A10G", math.inf),
+        ("NVIDIA H100 NVL", math.inf),
+        ("cpu x86_64 x2", math.inf),
+    ],
+)
+def test_peak_flops(name, flops):
+    assert train.peak_flops(name) == flops
+
+
 def test_warm_up_leaves_no_trace(small):
     model, ids = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    assert train.warm_up(model, train.build_optimizer(model, torch.float32), ids[:, :-1], ids[:, 1:], 2) > 0
+    assert train.warm_up(model, train.build_optimizer(model, torch.float32), ids[:, :-1], ids[:, 1:], 2, 1) > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state) and model.training
     assert all(weight.grad is None for weight in model.parameters())
