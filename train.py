@@ -76,7 +76,7 @@ FINAL_LR          = 0.05                         # ... to this share of themselv
 # machine
 COMPILE           = Per(gpu=True,  small=True)   # torch.compile
 OVERTIME          = 0.01                         # share of the budget by which the last step may be late
-WARMUP_STEPS      = 3                            # before the clock starts; undone afterwards
+WARMUP_STEPS      = 2                            # before the clock starts; undone afterwards
 # fmt: on
 
 
@@ -505,7 +505,7 @@ def choose_dtype(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
     def seconds(dtype):
-        size = 512 if device.type == "cpu" else 2048
+        size = 256 if device.type == "cpu" else 2048
         a = torch.ones(size, size, device=device, dtype=dtype)
         times = []
         for _ in range(10):
