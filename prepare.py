@@ -69,6 +69,8 @@ SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # after the merges; th
 TOKENIZER_CHARACTERS = 1_000_000_000  # of training text for the tokenizer, at most ...
 TOKENIZER_DOCUMENT_CHARACTERS = 10_000  # ... and this many of one document
 
+GATHER_ROWS = 128  # that the dataloader gathers at a time, or one batch
+
 PACKING_BUFFER = 1_000  # documents that best-fit packing chooses from
 DOCUMENT_BATCH = 128  # documents that enter that buffer together
 
@@ -689,9 +691,9 @@ def make_dataloader(benchmark, split, batch_size, device):
     """
     Endless batches of "train" or "val": (inputs, targets, epoch), int64 [B, T] on `device`, targets one token ahead.
 
-    Rows come in an order shuffled per epoch by the benchmark's seed; epochs count from 1. The next batch is gathered in
-    a thread meanwhile. On CUDA it waits in pinned memory of its own, which torch does not hand out again before the copy
-    from it is done. Raises ValueError for another split or a batch size below 1.
+    Rows come in an order shuffled per epoch by the benchmark's seed; epochs count from 1. The next rows are gathered in
+    a thread meanwhile. On CUDA they wait in pinned memory of their own, which torch does not hand out again before the
+    copy from it is done. Raises ValueError for another split or a batch size below 1.
     """
     if split not in ("train", "val"):
         raise ValueError(f'no dataloader for "{split}": take "train" or "val"')
@@ -705,20 +707,21 @@ def make_dataloader(benchmark, split, batch_size, device):
             for index in np.random.default_rng((benchmark.seed, epoch)).permutation(len(rows)):
                 yield index, epoch
 
-    def gather():
-        indices, epochs = zip(*itertools.islice(order, batch_size))
+    def gather():  # several small batches at a time: a thread has a price
+        count = max(1, GATHER_ROWS // batch_size)
+        indices, epochs = zip(*itertools.islice(order, count * batch_size))
         batch = read(rows, list(indices))
-        return batch.pin_memory() if device.type == "cuda" else batch, epochs[0]
+        return batch.pin_memory() if device.type == "cuda" else batch, epochs[::batch_size]
 
     def batches():
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(gather)
             while True:
-                batch, epoch = ahead.result()
+                gathered, epochs = ahead.result()
                 ahead = pool.submit(gather)
-                ids = to_ids(batch, device)
-                benchmark.rows_served[split] += batch_size
-                yield ids[:, :-1], ids[:, 1:], epoch
+                for ids, epoch in zip(to_ids(gathered, device).split(batch_size), epochs):
+                    benchmark.rows_served[split] += batch_size
+                    yield ids[:, :-1], ids[:, 1:], epoch
 
     order = shuffled()
     return batches()
@@ -878,7 +881,6 @@ def scoring_rows(benchmark, batch_size):
     return max(1, min(batch_size, MAX_LOGIT_BYTES // (4 * benchmark.max_seq_len * benchmark.vocab_size)))
 
 
-@torch.no_grad()
 def bits_per_byte(model, rows, token_bytes, batch_size, device):
     """
     (sum of -log2 p over the targets that have bytes) / (sum of their bytes), over all rows in order.
@@ -891,15 +893,16 @@ def bits_per_byte(model, rows, token_bytes, batch_size, device):
     sizes = torch.zeros(len(rows), dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for start in range(0, len(rows), batch_size):
-        ids = to_ids(read(rows, slice(start, start + batch_size)), device)
+        index = np.arange(start, start + batch_size) % len(rows)  # wraps at the end: one shape, so one compiled graph
+        ids = to_ids(read(rows, index), device)
         logits = predict(model, ids[:, :-1], len(token_bytes))
         finite &= torch.isfinite(logits.sum())
         targets = ids[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
         bytes_of = token_bytes[targets]
-        here = slice(start, start + len(ids))
-        nats[here] = (losses * (bytes_of > 0)).sum(dim=1)
-        sizes[here] = bytes_of.sum(dim=1)
+        here, count = slice(start, start + batch_size), len(rows) - start
+        nats[here] = (losses * (bytes_of > 0)).sum(dim=1)[:count]
+        sizes[here] = bytes_of.sum(dim=1)[:count]
     nats, sizes, finite = nats.cpu(), sizes.cpu(), bool(finite)
     if not finite:
         raise ValueError("not scored: the model's logits are not all finite")
@@ -907,16 +910,19 @@ def bits_per_byte(model, rows, token_bytes, batch_size, device):
 
 
 def predict(model, inputs, vocab_size):
-    """The model's logits, float32 [B, T, V]. It gets a copy of the inputs: their storage holds the targets too."""
+    """
+    The model's logits, float32 [B, T, V]. It gets a copy of the inputs: their storage holds the targets too.
+
+    Not under no_grad: a compiled model would need other graphs than in training, which takes longer than it saves.
+    """
     logits = model(inputs.clone())
     shape = (*inputs.shape, vocab_size)
     if not torch.is_tensor(logits) or logits.shape != shape:
         got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
         raise ValueError(f"not scored: model(inputs) must return logits of shape {shape}, not {got}")
-    return logits.float()
+    return logits.detach().float()
 
 
-@torch.no_grad()
 def check_causality(model, rows, batch_size, vocab_size, device):
     """
     Change every token after a cut in a few rows, and all of the other rows: logits before the cuts must stay.

@@ -8,6 +8,7 @@ The agent rewrites this file as it likes; prepare.py times the training and scor
 Sections: Hyperparameters, Model, Attention, Optimizer, Schedules, Main
 """
 
+import ctypes
 import gc
 import math
 import os
@@ -141,21 +142,25 @@ class GPT(nn.Module):
 
     def forward(self, inputs, targets=None):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
-        x = x0 = norm(self.wte(inputs))
+        inputs = inputs.contiguous()  # as in scoring, and x0 is not x: each would make the compiler start again
+        x = norm(self.wte(inputs))
+        x0 = x.view_as(x)
         for block, r, z in zip(self.blocks, self.residual_scales, self.x0_scales):
             x = block(x, x0, r, z, inputs, self.cos, self.sin)
-        return self.head(x, targets)
+        return self.logits(x) if targets is None else self.loss(x, targets)
 
-    def head(self, x, targets):
-        logits = LOGIT_CAP * torch.tanh(self.lm_head(norm(x)).float() / LOGIT_CAP)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def logits(self, x):
+        return LOGIT_CAP * torch.tanh(self.lm_head(norm(x)).float() / LOGIT_CAP)
+
+    def loss(self, x, targets):
+        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
 
     def compile_parts(self):
         """torch.compile per block: blocks of one shape share their code, so that it takes a fraction of the time."""
-        torch._dynamo.config.recompile_limit = 64  # one for every kind of block, in training and in scoring
+        torch._dynamo.config.recompile_limit = 64  # one for every kind of block
         for block in self.blocks:
             block.compile(dynamic=False)
-        self.head = torch.compile(self.head, dynamic=False)
+        self.loss = torch.compile(self.loss, dynamic=False)
 
     def flops_per_token(self):
         """Of a forward and backward pass: 6 per matrix weight, and attention over what each window lets through."""
@@ -366,11 +371,11 @@ def muon_update(weights, grads, momenta, second_moments, lr, momentum, beta2, de
     One Muon step on stacked matrices [N, rows, cols], in place: Nesterov momentum, orthogonalized, with the variance
     reduction of NorMuon (Li et al. 2025, arXiv 2510.05491) and cautious weight decay. All scalars are 0-d tensors.
     """
-    momenta.mul_(momentum).add_(grads * (1 - momentum))
-    update = orthogonalize(grads * (1 - momentum) + momenta * momentum, dtype).float()
+    momenta.lerp_(grads, 1 - momentum)
+    update = orthogonalize(grads.lerp(momenta, momentum), dtype).float()
     rows, cols = update.shape[-2:]
     size = update.norm(dim=(-2, -1), keepdim=True)
-    second_moments.mul_(beta2).add_(update.square().mean(dim=-1 if rows >= cols else -2, keepdim=True) * (1 - beta2))
+    second_moments.lerp_(update.square().mean(dim=-1 if rows >= cols else -2, keepdim=True), 1 - beta2)
     update = update * second_moments.clamp_min(1e-10).rsqrt()
     update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
     agree = (update * weights >= 0).float()
@@ -380,10 +385,10 @@ def muon_update(weights, grads, momenta, second_moments, lr, momentum, beta2, de
 def adamw_update(weight, grad, mean, square, lr, beta1, beta2, eps, decay, step):
     """One AdamW step (Loshchilov and Hutter 2019, arXiv 1711.05101), in place. All scalars are 0-d tensors."""
     grad = grad.float()
-    mean.mul_(beta1).add_(grad * (1 - beta1))
-    square.mul_(beta2).add_(grad.square() * (1 - beta2))
-    update = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
-    weight.copy_(weight * (1 - lr * decay) - lr * update)
+    mean.lerp_(grad, 1 - beta1)
+    square.lerp_(grad.square(), 1 - beta2)
+    scale = (square.sqrt() / (1 - beta2**step).sqrt()).add_(eps)
+    weight.copy_(weight * (1 - lr * decay) - mean / scale * (lr / (1 - beta1**step)))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -521,8 +526,8 @@ def choose_dtype(device):
 
 def warm_up(model, optimizer, inputs, targets, accumulation, scoring_rows):
     """
-    Compile everything by running a few steps and a scoring pass of so many rows, then put weights and random state back, so that none
-    of it is training; the optimizer is for this only. Returns the seconds of the last step.
+    Compile everything by running a few steps and a scoring pass of so many rows, then put weights and random state
+    back, so that none of it is training; the optimizer is for this only. Returns the seconds of the last step.
     """
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.random.fork_rng():
@@ -532,8 +537,7 @@ def warm_up(model, optimizer, inputs, targets, accumulation, scoring_rows):
             prepare.synchronize(inputs.device)
             seconds = time.monotonic() - start
         model.eval()
-        with torch.no_grad():
-            model(inputs[:scoring_rows].clone())
+        model(inputs[:scoring_rows])
     model.train()
     model.load_state_dict(weights)
     return seconds
@@ -559,6 +563,15 @@ def check_loss(loss, step, progress):
         raise SystemExit(f"stopped at step {step}: the loss is {loss} (MATRIX_LR now {rate:.4g}); lower the rates")
 
 
+def keep_freed_memory():
+    """glibc hands freed blocks of megabytes back to the system; to get them anew costs 9,000 page faults a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) and "alloc" in str(error)
 
@@ -574,6 +587,7 @@ def main():
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))  # the second run compiles nothing
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # skips a test of the compiler, 3 s in every run on a CPU
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     dtype = choose_dtype(device)
     BACK_END = choose_attention(device, dtype)
     startup_seconds = time.monotonic() - prepare.PROCESS_START
@@ -596,7 +610,8 @@ def main():
         try:
             if COMPILE:
                 model.compile_parts()
-            optimizer = build_optimizer(model, dtype, COMPILE)
+            compile_optimizer = COMPILE and device.type == "cuda"  # else it costs more seconds than it saves
+            optimizer = build_optimizer(model, dtype, compile_optimizer)
             scoring_rows = prepare.scoring_rows(benchmark, rows)
             step_seconds = warm_up(model, optimizer, tokens[:, :-1], tokens[:, 1:], accumulation, scoring_rows)
             break
@@ -617,7 +632,7 @@ def main():
     warmup_seconds = time.monotonic() - prepare.PROCESS_START - startup_seconds
 
     # Training: until another step would end too late
-    optimizer = build_optimizer(model, dtype, COMPILE)
+    optimizer = build_optimizer(model, dtype, compile_optimizer)
     loader = make_dataloader(benchmark, "train", rows, device)
     status = Progress(max(10, benchmark.time_budget / 50))
     peak = peak_flops(prepare.device_name(device))
