@@ -962,7 +962,7 @@ def check_causality(model, rows, batch_size, vocab_size, device):
 
 def record_run(model, benchmark, clock, val_bpb, holdout_bpb):
     """Append the run to journal.jsonl; keep its weights and commit in best.pt when no run before scored better."""
-    best = min((run["val_bpb"] for run in read_journal(benchmark)), default=math.inf)
+    best = min((run["val_bpb"] for run in read_journal(benchmark.path)), default=math.inf)
     run = {
         "time": now(),
         "benchmark": benchmark.id,
@@ -987,9 +987,9 @@ def record_run(model, benchmark, clock, val_bpb, holdout_bpb):
         journal.write(json.dumps(run) + "\n")
 
 
-def read_journal(benchmark):
-    """The scored runs of a benchmark, oldest first: a list of dicts."""
-    path = benchmark.path / "journal.jsonl"
+def read_journal(folder):
+    """The scored runs of a benchmark's folder, oldest first: a list of dicts."""
+    path = folder / "journal.jsonl"
     runs = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:

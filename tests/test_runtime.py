@@ -148,12 +148,12 @@ def test_unfair_runs_are_not_scored(benchmark, fault):
     if fault == "late":
         clock.started -= 3.4
         clock.stop()
-    before = prepare.read_journal(benchmark)
+    before = prepare.read_journal(benchmark.path)
     with pytest.raises(
         RuntimeError, match={"not started": "never started", "running": "still running"}.get(fault, "3.4 s")
     ):
         prepare.evaluate_bpb(Bigram(512), benchmark, 4, clock)
-    assert prepare.read_journal(benchmark) == before
+    assert prepare.read_journal(benchmark.path) == before
     prepare.TrainingClock(benchmark, "cpu").lock.release()  # the device is free again
 
 
@@ -235,7 +235,7 @@ def mean_of_batch(logits, inputs):
 def test_leaks_are_refused(benchmark, clock, cheat, message):
     with pytest.raises(RuntimeError, match=message):
         prepare.evaluate_bpb(Cheat(cheat), benchmark, 8, clock)
-    assert not any(run["val_bpb"] < 0.5 for run in prepare.read_journal(benchmark))
+    assert not any(run["val_bpb"] < 0.5 for run in prepare.read_journal(benchmark.path))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_journal_and_best(benchmark):
             next(loader)
         clock.stop()
         scores.append(prepare.evaluate_bpb(Bigram(512, spread), benchmark, 8, clock))
-    runs = prepare.read_journal(benchmark)
+    runs = prepare.read_journal(benchmark.path)
     assert [run["val_bpb"] for run in runs] == scores and scores[1] == min(scores)
     run = runs[-1]
     assert run["holdout_bpb"] == pytest.approx(
@@ -302,7 +302,7 @@ def test_a_torn_line_of_the_journal_is_skipped_with_a_word(benchmark, clock, cap
     before = path.read_text() if path.exists() else ""
     path.write_text(before + '{"val_bpb": 1.0, "see\n')
     prepare.evaluate_bpb(Bigram(512), benchmark, 8, clock)
-    assert len(prepare.read_journal(benchmark)) == before.count("\n") + 1
+    assert len(prepare.read_journal(benchmark.path)) == before.count("\n") + 1
     assert "skipped" in capsys.readouterr().out
     path.write_text(before)
 

@@ -372,13 +372,13 @@ def test_nan_ends_the_run(small, benchmark, monkeypatch):
 
 def test_end_to_end(benchmark):
     """The untouched file in a process of its own, without torch.compile to save a minute: every key, in order."""
-    before = len(prepare.read_journal(benchmark))
+    before = len(prepare.read_journal(benchmark.path))
     result = run("train.py", AUTORESEARCH_SEED="3", TORCHDYNAMO_DISABLE="1")
     assert result.returncode == 0, result.stderr
     log, summary = result.stdout.split("\n---\n")
     values = dict(line.split(":", 1) for line in summary.splitlines())
     assert list(values) == KEYS and all(line[17] == " " and line[18] != " " for line in summary.splitlines())
-    journal = prepare.read_journal(benchmark)
+    journal = prepare.read_journal(benchmark.path)
     assert len(journal) == before + 1
     assert float(values["val_bpb"]) == pytest.approx(journal[-1]["val_bpb"], abs=1e-6)
     assert journal[-1]["seed"] == 3 and journal[-1]["script"] == "train.py"
