@@ -90,6 +90,9 @@ class Agent:
             found = re.search(r"^val_bpb: +(\S+)", output, re.M)
             scores += [float(found[1])] if found else []
             gain = to_beat - sum(scores) / len(scores) if scores else -1
+            shown = re.search(r"^gain (\S+) \(mean of (\d)\)$", output, re.M)
+            assert bool(shown) == bool(found)
+            assert not found or (float(shown[1]), int(shown[2])) == (pytest.approx(gain, abs=2e-6), len(scores))
             enough = floor if len(scores) < 2 else floor / 2
             status = "crash" if not found else "keep" if gain > enough else "discard"
             self.sh("row", status=status, description=idea)

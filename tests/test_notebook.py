@@ -1,0 +1,295 @@
+"""analysis.ipynb on ledgers good and bad: run headless as a notebook, and its cells in this process to look at results."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import matplotlib
+import nbclient
+import nbformat
+import pytest
+import torch
+from conftest import ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+import prepare
+import train
+
+NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
+CODE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code")
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+NIGHT = (
+    HEADER
+    + """aaaaaaa\t1.002000\t1.0\tkeep\tbaseline, seed 1
+aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 2
+aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 3
+bbbbbbb\t0.990000\t1.5\tkeep\tdeeper, expected -0.01
+ccccccc\t1.200000\t1.0\tdiscard\twider, expected -0.01
+ddddddd\t0.000000\t0.0\tcrash\ta typo
+eeeeeee\t0.989000\t1.0\tdiscard\trate 0.03, expected -0.002
+eeeeeee\t0.987000\t1.0\tkeep\trate 0.03, seed 1
+"""
+)
+
+
+@pytest.fixture
+def cells(home, tmp_path, monkeypatch):
+    """Run all code cells in a folder with this ledger and journal; returns their variables."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+
+    def run(ledger=None, journal=(), benchmark="local-T64-V512-3s-00000000"):
+        if ledger is not None:
+            (tmp_path / "results.tsv").write_text(ledger)
+        if journal:
+            (home / benchmark).mkdir(parents=True, exist_ok=True)
+            (home / benchmark / "journal.jsonl").write_text("".join(json.dumps(run) + "\n" for run in journal))
+        namespace = {}
+        exec(CODE, namespace)
+        assert (tmp_path / "progress.png").stat().st_size > 1000
+        matplotlib.pyplot.close("all")
+        return namespace
+
+    return run
+
+
+def journal_of(ledger, **changes):
+    """The runs that an honest agent's ledger stands for; `changes` maps row numbers from 1 to other values."""
+    runs = []
+    for number, line in enumerate(ledger.splitlines()[1:], 1):
+        commit, score, _, status, description = line.split("\t")
+        if status == "crash":
+            continue
+        seed = int(description.split("seed ")[1]) if "seed " in description else 42
+        runs.append(
+            {
+                "time": f"2026-11-01T00:{number * 2:02}:00+00:00",
+                "benchmark": "local-T64-V512-3s-00000000",
+                "commit": commit * 5,
+                "dirty": False,
+                "same_prepare": True,
+                "seed": seed,
+                "val_bpb": float(score) + 4e-7,
+                "holdout_bpb": float(score) + 0.1,
+                "scored_rows_read": 0,
+                "untimed_rows": 0,
+                "device": "cpu",
+                **changes.get(f"row{number}", {}),
+            }
+        )
+    return runs
+
+
+def test_a_night(cells, capsys):
+    found = cells(NIGHT, journal_of(NIGHT))
+    kept = found["kept"]
+    assert found["noise"] == pytest.approx(0.003)
+    assert list(kept.index) == ["aaaaaaa", "bbbbbbb", "eeeeeee"]
+    assert list(kept["val_bpb"]) == pytest.approx([1.0, 0.99, 0.988])
+    assert list(kept["gain"])[1:] == pytest.approx([0.01, 0.002])
+    assert list(kept["verdict"]) == ["", "clears the noise", "within the noise"]
+    assert found["findings"] == [] and len(found["matched"]) == 7 and not found["unlisted"]
+    assert "the gain is real" in found["conclusion"]
+    text = capsys.readouterr().out
+    assert "8 runs: 5 keep, 2 discard, 1 crash" in text
+    assert "4 ideas after the baseline, 2 kept: keep rate 50%" in text
+    assert "30.0 experiments per hour" in text
+    assert re.search(r"ddddddd +a typo", text)
+    assert "no samples: there is no best.pt" in text
+
+
+TABS = HEADER + "aaaaaaa\t1.0\t1.0\tkeep\tbaseline\tof\ttoday\n"
+AWKWARD = {  # ledger, scores, statuses
+    "missing file": (None, [], []),
+    "empty": ("", [], []),
+    "header only": (HEADER, [], []),
+    "only crashes": (HEADER + "a\t0.000000\t0.0\tcrash\tx\n", [], ["crash"]),
+    "crashed first": (HEADER + "a\t0.000000\t0.0\tcrash\tx\nb\t1.5\t1\tkeep\ty\n", [1.5], ["crash", "keep"]),
+    "no keeps": (HEADER + "a\t1.5\t1\tdiscard\tx\nb\t1.4\t1\tdiscard\ty\n", [1.5, 1.4], ["discard"] * 2),
+    "crash with a score": (HEADER + "a\t1.5\t1\tcrash\tx\n", [], ["crash"]),
+    "missing columns": ("commit\tval_bpb\tstatus\na\t1.5\tkeep\n", [1.5], ["keep"]),
+    "no commits": ("val_bpb\n1.5\n1.4\n", [1.5, 1.4], ["", ""]),
+    "short rows": (HEADER + "a\t1.5\nb\n", [1.5], ["", ""]),
+    "tabs": (TABS, [1.0], ["keep"]),
+    "upper case": ("Commit\tVal_BPB\tMemory_GB\tStatus\tDescription\na\t1.5\t1\tKEEP\tx\n", [1.5], ["keep"]),
+    "comma separated": ('commit,val_bpb,memory_gb,status,description\na,1.5,1,keep,"x, y"\n', [1.5], ["keep"]),
+    "decimal commas": (HEADER + "a\t1,5\t1,0\tkeep\tx\n", [1.5], ["keep"]),
+    "other columns": ("id\tstatus\tval_bpb\tcommit\n1\tkeep\t1.5\ta\n", [1.5], ["keep"]),
+    "words for numbers": (HEADER + "a\tn/a\t-\tcrash\tx\nb\tnan\tinf\tdiscard\ty\n", [], ["crash", "discard"]),
+    "blank lines": ("\n" + HEADER + "\na\t1.5\t1\tkeep\tx\n\n", [1.5], ["keep"]),
+    "dollars": (HEADER + "a\t1.5\t1\tkeep\tcosts $5 \\frac $x^\n", [1.5], ["keep"]),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_ledgers(cells, name):
+    ledger, scores, statuses = AWKWARD[name]
+    found = cells(ledger)
+    assert list(found["scored"]["val_bpb"]) == scores
+    assert list(found["ledger"]["status"]) == statuses
+    assert len(found["kept"]) == sum(s == "keep" for s in statuses)
+    assert found["conclusion"].startswith("Nothing can be said")
+
+
+def test_a_description_keeps_its_tabs(cells):
+    assert cells(TABS)["ledger"]["description"].tolist() == ["baseline\tof\ttoday"]
+
+
+def test_labels_do_not_collide(cells):
+    """Of 30 keeps, some of them side by side and with equal scores; all of the list is in the picture."""
+    rows = [f"aaaaaaa\t1.0\t1\tkeep\tbaseline, seed {seed}\n" for seed in (1, 2, 3)]
+    rows += [f"{i:07}\t{1 - i // 3 * 0.001}\t1\tkeep\t{'a long story ' * 9}\n" for i in range(1, 31)]
+    found = cells(HEADER + "".join(rows))
+    figure = found["figure"]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    numbers = [text for text in figure.axes[0].texts if text.get_text().isdigit()]
+    assert [int(text.get_text()) for text in numbers] == list(range(1, 32))
+    boxes = [text.get_window_extent(renderer) for text in numbers]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    (descriptions,) = figure.texts
+    box = descriptions.get_window_extent(renderer)
+    assert len(descriptions.get_text().splitlines()) == 31
+    assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.x0 > figure.axes[0].get_window_extent().x1
+
+
+def test_the_audit_finds_what_does_not_agree(cells, capsys):
+    journal = journal_of(
+        NIGHT,
+        row2={"same_prepare": False},
+        row3={"dirty": True},
+        row4={"val_bpb": 0.991},
+        row5={"commit": "f" * 40},
+        row7={"seed": 7},
+        row8={"scored_rows_read": 64, "device": "another"},
+    )
+    ledger = NIGHT + "eeeeeee\t0.987000\t1.0\tkeep\tonce more\n"
+    found = cells(ledger, [*journal, {**journal[0], "commit": "a" * 40, "val_bpb": 2.0}])
+    assert found["findings"] == [
+        (1, "aaaaaaa", "prepare.py was not the one that prepared the benchmark"),
+        (2, "aaaaaaa", "uncommitted changes"),
+        (3, "bbbbbbb", "the ledger says 0.990000, its run scored 0.991000"),
+        (4, "ccccccc", "no run of this commit in the journal"),
+        (6, "eeeeeee", "seed 7, which program.md does not name"),
+        (7, "eeeeeee", "read scored rows (validation or holdout): 64"),
+        (8, "eeeeeee", "a second row for one and the same run"),
+    ]
+    text = capsys.readouterr().out
+    assert "device: another, cpu  <- several: their scores do not compare" in text
+    assert "2 runs of these commits have no row" in text  # bbbbbbb's own and that of seed 42
+    assert found["conclusion"].startswith("7 findings")
+
+
+def test_a_torn_journal_line_is_skipped(cells, home, capsys):
+    cells(NIGHT, journal_of(NIGHT))
+    path = home / "local-T64-V512-3s-00000000" / "journal.jsonl"
+    path.write_text(path.read_text() + '{"time": "2026-')
+    assert len(cells(NIGHT)["matched"]) == 7
+    assert "skipped, not a whole line" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "holdout, words",
+    [
+        (-0.011, "the gain is real"),
+        (-0.003, "only part of the gain carries over"),
+        (+0.010, "does not carry over"),
+    ],
+)
+def test_verdict(cells, holdout, words):
+    """The holdout of the two last runs against 1.1 at the start; validation gained 0.012."""
+    last = {"holdout_bpb": 1.1 + holdout}
+    start = {f"row{i}": {"holdout_bpb": 1.1} for i in (1, 2, 3)}
+    conclusion = cells(NIGHT, journal_of(NIGHT, **start, row7=last, row8=last))["conclusion"]
+    assert words in conclusion and f"Validation gained 0.012000, the holdout {-holdout:.6f}" in conclusion
+
+
+def test_verdict_of_noise(cells):
+    ledger = "".join(NIGHT.splitlines(keepends=True)[:4]) + "bbbbbbb\t0.998000\t1.5\tkeep\tluck\n"
+    assert "within the noise" in cells(ledger, journal_of(ledger))["conclusion"]
+
+
+@pytest.fixture
+def trained(benchmark, tmp_path, monkeypatch):
+    """A repository whose commit has the weights in best.pt, and a ledger of it in a home of its own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "train.py", tmp_path)
+    git = ["git", "-c", "user.name=Agent", "-c", "user.email=agent@example.org"]
+    for words in (["init", "-q"], ["add", "train.py"], ["commit", "-qm", "start"]):
+        subprocess.run(git + words, check=True, cwd=tmp_path)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=tmp_path).stdout.strip()
+    model = train.build_model(benchmark, torch.device("cpu"))
+    home = tmp_path / "home"
+    shutil.copytree(benchmark.path, home / benchmark.id)
+    torch.save({"commit": commit, "val_bpb": 2.5, "model": model.state_dict()}, home / benchmark.id / "best.pt")
+    ledger = f"{HEADER}{commit[:7]}\t2.500000\t1.0\tkeep\tbaseline\n"
+    run = journal_of(ledger)[0] | {"commit": commit, "benchmark": benchmark.id}
+    (home / benchmark.id / "journal.jsonl").write_text(json.dumps(run) + "\n")
+    (tmp_path / "results.tsv").write_text(ledger)
+    return home, tmp_path
+
+
+def test_the_best_model_speaks(trained, cells, monkeypatch, capsys):
+    home, folder = trained
+    monkeypatch.setattr(prepare, "HOME", home)
+    cells()
+    text = capsys.readouterr().out
+    assert text.count("----- prompt:") == 4 and "----- prompt: 'def main():\\n'" in text
+
+
+def test_a_model_that_no_longer_fits_is_said_to(trained, cells, monkeypatch, capsys):
+    home, folder = trained
+    monkeypatch.setattr(prepare, "HOME", home)
+    (best,) = home.glob("*/best.pt")
+    weights = torch.load(best, weights_only=True)
+    weights["model"]["new.weight"] = torch.zeros(2)
+    torch.save(weights, best)
+    cells()
+    assert re.search(
+        r"no samples: the train.py of commit \w{7} no longer fits: .*new.weight", capsys.readouterr().out, re.S
+    )
+    torch.save(weights | {"commit": "0" * 40}, best)
+    cells()
+    assert "no samples: the train.py of best.pt is not in this repository" in capsys.readouterr().out
+
+
+def test_headless_and_in_a_terminal(trained):
+    """nbclient runs it in a kernel; the README's line prints the same text."""
+    home, folder = trained
+    environment = os.environ | {"AUTORESEARCH_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    for name in ("prepare.py", "analysis.ipynb"):
+        shutil.copy(ROOT / name, folder)
+    notebook = nbformat.read(folder / "analysis.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
+    with contextlib.ExitStack() as stack:
+        context = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in environment.items():
+            context.setenv(name, value)
+        client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert "1 runs: 1 keep" in printed and "----- prompt:" in printed
+
+    line = re.search(r"^uv run (python -c .*analysis\.ipynb.*)$", (ROOT / "README.md").read_text(), re.M)[1]
+    line = line.replace("python", sys.executable, 1)
+    result = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+    def before_samples(text):
+        return text.split("----- prompt:")[0]
+
+    assert before_samples(result.stdout) == before_samples(printed)
+
+
+def test_noise_is_unknown_with_one_baseline(cells):
+    found = cells(HEADER + "a\t1.5\t1\tkeep\tbaseline\nb\t1.4\t1\tkeep\tx\n")
+    assert math.isnan(found["noise"]) and list(found["kept"]["verdict"]) == ["", ""]
+
+
+def test_the_notebook_is_committed_without_outputs():
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in NOTEBOOK.cells)
