@@ -56,6 +56,7 @@ PRESETS = {
     "local":       (256,           4096,          60,            512,       256,          "split"),
 }
 # fmt: on
+FILES = {"tokenizer.tiktoken", "token_bytes.npy", "train.npy", "val.npy", "holdout.npy"}
 REPOSITORIES = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
 VALIDATION_SHARD = 6542  # climbmix: the last shard, never trained on
 TINYSTORIES_FILES = ["tinystories_gpt4_clean.parquet"]
@@ -86,9 +87,14 @@ DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 RETRY_SECONDS = 1.0  # before the second attempt; doubles with each
 
 LATE_LIMIT = 1.1  # a run that trained for longer than this many budgets is not scored
+CLOCK_ERROR = 1.0  # seconds by which Python's clock and the time stamps of files may differ, and 1%
 MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
-PROBE_ROWS = 8  # rows whose future the causality probe replaces
-PROBE_TOLERANCE = 0.02  # logits may move by this share of their standard deviation: bfloat16 noise
+PROBE_ROWS = 8  # rows whose future the probe replaces ...
+PROBE_ROUNDS = 4  # ... at this many cuts each
+PROBE_NOISE = (
+    1e-4  # as a share of the logits' standard deviation, what rounding may move them by at least; leaks move more
+)
+MIXED_ROWS = 0.05  # such a share, at 1 of 100 positions, is no rounding any more when only other rows have changed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,32 +116,39 @@ class Benchmark:
     path: Path
     seed: int
     prepared_by: str  # sha256 of the prepare.py that built it
-    rows_served: Counter = field(default_factory=Counter, compare=False)  # by the dataloaders, per split
+    rows_served: Counter = field(default_factory=Counter, compare=False)  # per split, for the journal
 
     def rows(self, split):
         """The packed rows of "train", "val" or "holdout": uint16 [rows, T + 1], memory-mapped, read-only."""
-        return np.load(self.path / f"{split}.npy", mmap_mode="r")
+        rows = open_rows(self.path, split)
+        self.rows_served[split] += 0 if split == "train" else len(rows)
+        return rows
 
     def token_bytes(self):
         """Raw byte length of every token, 0 for special tokens: int32 [V]."""
         return np.load(self.path / "token_bytes.npy")
 
 
-def load_benchmark():
+def load_benchmark(read_everything=False):
     """
     The benchmark that prepare.py built or chose last. Its seed is 42, or $AUTORESEARCH_SEED to repeat the same file.
 
-    Raises SystemExit, with a line that says how to mend it, if there is none or if it was changed or is not whole.
+    Raises SystemExit, with a line that says how to mend it, if there is none or if it was changed or is not whole; of the
+    training rows only the size is checked, if not `read_everything`.
     """
     try:
-        path = HOME / (HOME / "current").read_text().strip()
-        record = json.loads((path / "benchmark.json").read_text())
+        return open_benchmark(HOME / Path((HOME / "current").read_text().strip()).name, read_everything)
     except FileNotFoundError:
         raise SystemExit('no benchmark prepared: run "uv run prepare.py" first') from None
+
+
+def open_benchmark(path, read_everything=False):
+    try:
+        record = json.loads((path / "benchmark.json").read_text())
     except ValueError:
         record, reason = {}, "benchmark.json is not valid JSON"
     else:
-        reason = find_damage(path, record)
+        reason = find_damage(path, record, read_everything)
     if reason:
         command = f"uv run prepare.py {record.get('arguments', '')}".strip()
         raise SystemExit(f'benchmark {path.name} is damaged: {reason}; run "{command}" again, which mends it')
@@ -152,11 +165,18 @@ def load_benchmark():
     )
 
 
-def find_damage(path, record, read_everything=False):
-    """What is wrong with a prepared benchmark, or None. Of the training rows only the size, if not `read_everything`."""
+def open_rows(path, split):
+    return np.load(path / f"{split}.npy", mmap_mode="r")
+
+
+def find_damage(path, record, read_everything):
+    """What is wrong with a prepared benchmark, or None."""
     try:
         if not benchmark_id(record) == record["id"] == path.name:
             return "benchmark.json was changed after it was prepared"
+        settings = record["settings"]
+        if set(settings) != set(SETTINGS) or set(record["files"]) != FILES:
+            return "benchmark.json names other things than prepare.py writes"
         for name, file in record["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -164,8 +184,18 @@ def find_damage(path, record, read_everything=False):
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {file['bytes']}"
             if (read_everything or name != "train.npy") and sha256(path / name) != file["sha256"]:
                 return f"{name} was changed after it was prepared"
+        counts = {
+            "train": record["counts"]["train_rows"],
+            **{name: settings[f"{name}_rows"] for name in ("val", "holdout")},
+        }
+        for split, count in counts.items():
+            rows = open_rows(path, split)
+            if rows.dtype != np.uint16 or rows.shape != (count, settings["max_seq_len"] + 1):
+                return f"{split}.npy has other rows than benchmark.json says"
     except (KeyError, TypeError, AttributeError):
         return "benchmark.json is incomplete"
+    except ValueError as error:  # numpy loads no pickles
+        return f"not an array ({first_line(error)})"
 
 
 def benchmark_id(record):
@@ -319,10 +349,12 @@ class LocalText:
 
 
 def blocks(text):
-    """Cut a text after line ends into blocks of about BLOCK_CHARACTERS."""
+    """Cut a text into blocks of BLOCK_CHARACTERS and what is left of the line, or twice as many in a very long one."""
     start, cuts = 0, []
     while start < len(text):
-        end = text.find("\n", start + BLOCK_CHARACTERS) + 1 or len(text)
+        end = (
+            text.find("\n", start + BLOCK_CHARACTERS, start + 2 * BLOCK_CHARACTERS) + 1 or start + 2 * BLOCK_CHARACTERS
+        )
         cuts.append(text[start:end])
         start = end
     return cuts
@@ -344,15 +376,18 @@ def fetch(dataset, names):
         with ThreadPoolExecutor(DOWNLOAD_WORKERS) as pool:
             url = f"{endpoint}/datasets/{REPOSITORIES[dataset]}/resolve/main"
             pending = {pool.submit(download, f"{url}/{name}", folder / name, received) for name in missing}
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-                if any(future.exception() for future in done):
-                    received["stop"] = 1  # ends the other downloads; what they have stays for the next time
-                    pool.shutdown(cancel_futures=True)
-                for future in done:
-                    future.result()
-                state = f"{len(missing) - len(pending)} of {len(missing)} files, {sum(received.values()) / 1e6:,.0f} MB"
-                progress(f"downloading {dataset}: {state}", last=not pending)
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    state = f"{len(missing) - len(pending)} of {len(missing)} files"
+                    size = f"{sum(received.values()) / 1e6:,.0f} MB"
+                    progress(f"downloading {dataset}: {state}, {size}", last=not pending)
+            except BaseException:  # Ctrl-C too
+                received["stop"] = 1  # ends the other downloads; what they have stays for the next time
+                pool.shutdown(cancel_futures=True)
+                raise
     return [folder / name for name in names]
 
 
@@ -400,6 +435,11 @@ def download(url, path, received):
                 reason = f"{size} bytes arrived instead of {length}"
                 if size > length:
                     part.unlink()
+                continue
+            announced = [r.headers.get("X-Linked-ETag", "").strip('"') for r in (*response.history, response)]
+            if any(len(tag) == 64 and tag != sha256(part) for tag in announced):
+                reason = "its sha256 is not the one that the server announced"
+                part.unlink()
                 continue
             next(parquet_batches(part), None)
             os.replace(part, path)
@@ -753,7 +793,8 @@ class TrainingClock:
         self.benchmark = benchmark
         self.device = torch.device(device)
         self.started = self.stopped = None
-        self.lock = lock_device(self.device)
+        self.scored = False
+        self.lock, self.holder = lock_device(self.device)
         self.origin = find_origin()
 
     def start(self):
@@ -761,7 +802,8 @@ class TrainingClock:
         if self.started is not None:
             raise RuntimeError("the clock was started before: one clock, one run")
         synchronize(self.device)
-        self.benchmark.rows_served.clear()
+        self.rows_before = self.benchmark.rows_served["train"]
+        self.stamp = self.file_time()
         self.started = time.monotonic()
 
     def stop(self):
@@ -770,6 +812,7 @@ class TrainingClock:
         if self.started is None or self.stopped is not None:
             raise RuntimeError("the clock is not running")
         self.stopped = time.monotonic()
+        self.rows = self.benchmark.rows_served["train"] - self.rows_before
 
     @property
     def elapsed(self):
@@ -786,34 +829,46 @@ class TrainingClock:
     def expired(self):
         return self.elapsed >= self.benchmark.time_budget
 
+    def file_time(self):
+        """Seconds, as the system stamps them on a file: no clock of Python's."""
+        self.holder.touch()
+        return self.holder.stat().st_mtime
+
     def check(self):
-        """Raise RuntimeError unless the run was timed from start to stop and kept to its budget."""
+        """Raise RuntimeError unless the run was timed from start to stop, kept to its budget and is scored at once."""
         if self.started is None or self.stopped is None:
             state = "never started" if self.started is None else "still running"
             raise RuntimeError(f"not scored: the training clock is {state}; start() and stop() it around the training")
-        if self.elapsed > LATE_LIMIT * self.benchmark.time_budget:
+        if self.scored:
+            raise RuntimeError("not scored: this run was scored before; one run, one score")
+        self.scored = True
+        seconds = time.monotonic() - self.started  # what was done between stop() and here counts too
+        passed = self.file_time() - self.stamp
+        if abs(passed - seconds) > CLOCK_ERROR + 0.01 * passed:
+            raise RuntimeError(f"not scored: the clock shows {seconds:.1f} s, but {passed:.1f} s have passed")
+        if seconds > LATE_LIMIT * self.benchmark.time_budget:
             raise RuntimeError(
-                f"not scored: trained for {self.elapsed:.1f} s of a budget of {self.benchmark.time_budget:g} s; "
-                "make the steps shorter"
+                f"not scored: trained for {seconds:.1f} s of a budget of {self.benchmark.time_budget:g} s; "
+                "make the steps shorter, and score right after stop()"
             )
 
 
 def lock_device(device):
-    """An exclusive lock on this device, by its own name on this machine; the system frees it when the process ends."""
+    """An exclusive lock on this device, by its own name on this machine, and the file that tells whose it is."""
     if device.type == "cuda":
         name = f"cuda-{torch.cuda.get_device_properties(device).uuid}"
     else:
         name = f"{device.type}-{platform.node()}"
     (HOME / "locks").mkdir(parents=True, exist_ok=True)
     holder = HOME / "locks" / f"{name}.pid"
-    lock = FileLock(HOME / "locks" / f"{name}.lock")
+    lock = FileLock(HOME / "locks" / f"{name}.lock")  # the system frees it when the process ends
     try:
         lock.acquire(timeout=0)
     except Timeout:
         pid = holder.read_text() if holder.exists() else "unknown"
         raise SystemExit(f"another training is running on {device} (pid {pid}): wait for it or end it") from None
     holder.write_text(str(os.getpid()))
-    return lock
+    return lock, holder
 
 
 def synchronize(device):
@@ -854,23 +909,33 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
     the benchmark's best so far its weights are kept as best.pt.
 
     `model(inputs)` takes int64 [B, T] and returns logits [B, T, vocab_size]; it never sees the targets. `batch_size` is
-    only a matter of speed. Raises RuntimeError if the run was not timed or too long, or if the model sees the future or
-    other rows; ValueError if its logits have another shape or are not finite. Frees the device in any case.
+    only a matter of speed. Raises RuntimeError if the run was not timed or too long, if the model sees the future or
+    other rows, or changes while it is scored; ValueError if its logits have another shape or are not finite.
+    Frees the device in any case.
     """
     try:
         clock.check()
-        batch_size = scoring_rows(benchmark, batch_size)
-        was_training = getattr(model, "training", False)
-        if was_training:
+        if open_benchmark(benchmark.path) != benchmark or clock.benchmark != benchmark:
+            raise RuntimeError(
+                "not scored: this is not the benchmark as it was prepared; take it from load_benchmark()"
+            )
+        device, served = clock.device, Counter(benchmark.rows_served)
+        val_rows, holdout_rows = (open_rows(benchmark.path, split) for split in ("val", "holdout"))
+        token_bytes, batch_size = benchmark.token_bytes(), scoring_rows(benchmark, batch_size)
+        if was_training := getattr(model, "training", False):
             model.eval()
-        check_causality(model, benchmark.rows("val"), batch_size, benchmark.vocab_size, clock.device)
+        weights = checksums(model)
+        check_causality(model, holdout_rows, batch_size, benchmark.vocab_size, device)
+        bits = bits_of_rows(model, val_rows, token_bytes, batch_size, device)
+        holdout_bits = bits_of_rows(model, holdout_rows, token_bytes, batch_size, device)
+        check_memory(model, val_rows[:batch_size], token_bytes, batch_size, device, bits, weights)
         val_bpb, holdout_bpb = (
-            bits_per_byte(model, benchmark.rows(split), benchmark.token_bytes(), batch_size, clock.device)
-            for split in ("val", "holdout")
+            float(bits.sum() / token_bytes[rows[:, 1:]].sum())
+            for bits, rows in ((bits, val_rows), (holdout_bits, holdout_rows))
         )
         if was_training:
             model.train()
-        record_run(model, benchmark, clock, val_bpb, holdout_bpb)
+        record_run(model, benchmark, clock, served, val_bpb, holdout_bpb)
         return val_bpb
     finally:
         clock.lock.release()
@@ -881,16 +946,14 @@ def scoring_rows(benchmark, batch_size):
     return max(1, min(batch_size, MAX_LOGIT_BYTES // (4 * benchmark.max_seq_len * benchmark.vocab_size)))
 
 
-def bits_per_byte(model, rows, token_bytes, batch_size, device):
+def bits_of_rows(model, rows, token_bytes, batch_size, device):
     """
-    (sum of -log2 p over the targets that have bytes) / (sum of their bytes), over all rows in order.
+    Per row, the sum of -log2 p over the targets that have bytes: float64 [R], for rows uint16 [R, T + 1].
 
-    Args: rows uint16 [R, T + 1]; token_bytes int32 [V]. The log-softmax is done here, in float32, so that probabilities
-    sum to one. Sums stay on the device, one pair per row; the total is taken in float64.
+    The log-softmax is done here, in float32, so that probabilities sum to one. Sums stay on the device until the end.
     """
-    token_bytes = torch.from_numpy(token_bytes).to(device)
+    has_bytes = torch.from_numpy(token_bytes > 0).to(device)
     nats = torch.zeros(len(rows), device=device)
-    sizes = torch.zeros(len(rows), dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for start in range(0, len(rows), batch_size):
         index = np.arange(start, start + batch_size) % len(rows)  # wraps at the end: one shape, so one compiled graph
@@ -899,14 +962,11 @@ def bits_per_byte(model, rows, token_bytes, batch_size, device):
         finite &= torch.isfinite(logits.sum())
         targets = ids[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        bytes_of = token_bytes[targets]
-        here, count = slice(start, start + batch_size), len(rows) - start
-        nats[here] = (losses * (bytes_of > 0)).sum(dim=1)[:count]
-        sizes[here] = bytes_of.sum(dim=1)[:count]
-    nats, sizes, finite = nats.cpu(), sizes.cpu(), bool(finite)
+        nats[start : start + batch_size] = (losses * has_bytes[targets]).sum(dim=1)[: len(rows) - start]
+    nats = nats.double().cpu() if device.type != "mps" else nats.cpu().double()
     if not finite:
         raise ValueError("not scored: the model's logits are not all finite")
-    return float(nats.double().sum() / sizes.sum()) / math.log(2)
+    return nats.numpy() / math.log(2)
 
 
 def predict(model, inputs, vocab_size):
@@ -925,44 +985,81 @@ def predict(model, inputs, vocab_size):
 
 def check_causality(model, rows, batch_size, vocab_size, device):
     """
-    Change every token after a cut in a few rows, and all of the other rows: logits before the cuts must stay.
+    The probe: a logit may depend on its own token and on earlier ones of its row, and on nothing else.
 
-    Raises RuntimeError naming the first position that moved by more than numeric noise.
+    In every second row, what comes after a cut becomes random, and so do all other rows; logits before the cut must
+    stay. Rounding may move them (in a mixture of experts, say, other tokens change the order of sums), by how much is
+    seen when only the other rows change. Raises RuntimeError naming the first position that moved by more.
     """
-    ids = to_ids(read(rows, slice(0, batch_size)), device)[:, :-1]
+    ids = to_ids(read(rows, np.arange(batch_size) % len(rows)), device)[:, :-1]
     B, T = ids.shape
-    other = (ids + torch.randint(1, vocab_size, ids.shape, device=device)) % vocab_size  # differs everywhere
-    probed = range(0, B, 2)[:PROBE_ROWS] if B > 1 else range(1)
-    later = other.clone()
-    cuts = {}
-    for row in probed:
-        boundaries = (ids[row] == ids[0, 0]).nonzero()[1:, 0].tolist()  # every row starts with BOS
-        cut = random.choice(boundaries) + 1 if boundaries and row % 4 == 0 else random.randint(1, T - 1)
-        cuts[row] = cut
-        later[row, :cut] = ids[row, :cut]
-    logits = predict(model, ids, vocab_size)
-    before = {row: logits[row, :cut].clone() for row, cut in cuts.items()}
-    del logits
-    logits = predict(model, later, vocab_size)
-    for row, cut in cuts.items():
-        moved = (logits[row, :cut] - before[row]).abs().amax(dim=1) > PROBE_TOLERANCE * before[row].std()
-        if moved.any():
-            position = int(moved.nonzero()[0, 0])
-            other[list(cuts)] = ids[list(cuts)]  # now the other rows alone, to name the cause
-            shift = (predict(model, other, vocab_size)[row, position] - before[row][position]).abs().max()
-            if shift > PROBE_TOLERANCE * before[row].std():
-                raise RuntimeError(
-                    f"the model sees other rows: logits at position {position} changed when only other rows of the "
-                    "batch changed"
-                )
+    probed = torch.arange(0, B, 2)[:PROBE_ROWS]
+    starts = torch.randint(1, max(2, T - 1), (len(probed),))
+    ids[probed, starts] = int(ids[0, 0])  # every row begins with BOS: now each has the start of a document within
+    positions = torch.arange(T, device=device)
+
+    def logits_of(cuts):
+        """With random tokens in all other rows, and in the probed ones from the cuts on."""
+        changed = (ids + torch.randint(1, vocab_size, ids.shape, device=device)) % vocab_size  # differs everywhere
+        changed[probed] = torch.where(positions < cuts[:, None], ids[probed], changed[probed])
+        return predict(model, changed, vocab_size)[probed]
+
+    def movement(cuts):
+        return (logits_of(cuts) - before).abs().amax(dim=2) / before.std(dim=(1, 2))[:, None]  # [rows, T]
+
+    nothing = torch.full((len(probed),), T, device=device)
+    before = predict(model, ids, vocab_size)[probed]
+    others = torch.stack([movement(nothing) for _ in range(PROBE_ROUNDS)]).amax(dim=0)
+    mixed = (others > MIXED_ROWS).nonzero()
+    if 100 * len(mixed) > others.numel():
+        raise RuntimeError(
+            f"the model sees other rows: logits at position {int(mixed[0, 1])} changed when only other rows of the batch "
+            "changed"
+        )
+    for cuts in choose_cuts(starts.tolist(), T):
+        cuts = torch.tensor(cuts, device=device)
+        moves = [movement(cuts) > PROBE_NOISE + 3 * others]
+        suspects = (moves[0] & (positions < cuts[:, None])).any()
+        moves += [movement(cuts) > PROBE_NOISE + 3 * others for _ in range(2 * int(suspects))]  # again: was it chance?
+        leaks = (torch.stack(moves).all(dim=0) & (positions < cuts[:, None])).nonzero()
+        if len(leaks):
             raise RuntimeError(
-                f"the model sees the future: logits at position {position} changed when only later tokens changed"
+                f"the model sees the future: logits at position {int(leaks[0, 1])} changed when only later tokens changed"
             )
 
 
-def record_run(model, benchmark, clock, val_bpb, holdout_bpb):
+def choose_cuts(starts, T):
+    """PROBE_ROUNDS times a cut for each row: all over the row, at its last token, around the start of a document."""
+    parts = PROBE_ROUNDS * len(starts)
+    for turn in range(PROBE_ROUNDS):
+        first = turn * len(starts)  # of as many equal parts of a row, a cut in each
+        cuts = [1 + int((T - 1) * (first + row + random.random()) / parts) for row in range(len(starts))]
+        if turn < 2:
+            cuts[-1] = min(T - 1, starts[-1] + turn)  # BOS changes, too; or what follows it
+        if turn == 3:
+            cuts[-1] = T - 1
+        yield cuts
+
+
+def checksums(model):
+    """Of all parameters and buffers: float64 [2, tensors]. Changes when any of them does."""
+    if not isinstance(model, torch.nn.Module):
+        return torch.zeros(0)
+    tensors = [tensor.detach().flatten().float() for tensor in (*model.parameters(), *model.buffers())]
+    return torch.tensor([[float(tensor.sum()), float(tensor.norm())] for tensor in tensors])
+
+
+def check_memory(model, rows, token_bytes, batch_size, device, bits, weights):
+    """Raise RuntimeError if a model has changed while it was scored, or scores its first rows differently afterwards."""
+    again = bits_of_rows(model, rows, token_bytes, batch_size, device)
+    if not np.allclose(again, bits[: len(rows)], rtol=1e-3):
+        raise RuntimeError("not scored: the model scores the same rows differently once it has seen others")
+    if not torch.equal(checksums(model), weights):
+        raise RuntimeError("not scored: parameters or buffers have changed during the scoring")
+
+
+def record_run(model, benchmark, clock, served, val_bpb, holdout_bpb):
     """Append the run to journal.jsonl; keep its weights and commit in best.pt when no run before scored better."""
-    best = min((run["val_bpb"] for run in read_journal(benchmark.path)), default=math.inf)
     run = {
         "time": now(),
         "benchmark": benchmark.id,
@@ -973,18 +1070,29 @@ def record_run(model, benchmark, clock, val_bpb, holdout_bpb):
         "holdout_bpb": holdout_bpb,
         "training_seconds": round(clock.elapsed, 3),
         "total_seconds": round(time.monotonic() - PROCESS_START, 3),
-        "tokens": benchmark.rows_served["train"] * benchmark.max_seq_len,
-        "val_rows_served": benchmark.rows_served["val"],
+        "tokens": clock.rows * benchmark.max_seq_len,
+        "untimed_rows": served["train"] - clock.rows,
+        "scored_rows_read": served["val"] + served["holdout"],
         "peak_memory_mb": round(peak_memory_mb(clock.device), 1),
         "device": device_name(clock.device),
     }
-    if val_bpb < best and isinstance(model, torch.nn.Module):
-        weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-        temporary = benchmark.path / "best.pt.tmp"
-        torch.save({"commit": run["commit"], "val_bpb": val_bpb, "model": weights}, temporary)
-        os.replace(temporary, benchmark.path / "best.pt")
-    with open(benchmark.path / "journal.jsonl", "a") as journal:
-        journal.write(json.dumps(run) + "\n")
+    with FileLock(benchmark.path / "journal.lock"):  # other devices may be done at the same moment
+        best = min((run["val_bpb"] for run in read_journal(benchmark.path)), default=math.inf)
+        if val_bpb < best and isinstance(model, torch.nn.Module):
+            weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+            try:
+                temporary = benchmark.path / "best.pt.tmp"
+                torch.save({"commit": run["commit"], "val_bpb": val_bpb, "model": weights}, temporary)
+                os.replace(temporary, benchmark.path / "best.pt")
+            except (OSError, RuntimeError) as error:  # a full disk; torch has its own error for it
+                print(f"best.pt was not saved: {first_line(error)}")
+        try:
+            with open(benchmark.path / "journal.jsonl", "a") as journal:
+                journal.write(json.dumps(run) + "\n")
+        except OSError as error:
+            raise SystemExit(
+                f"scored, val_bpb {val_bpb:.6f}, but not recorded: {error}; mend it and run again"
+            ) from None
 
 
 def read_journal(folder):
@@ -1056,6 +1164,7 @@ def parse_arguments(arguments=None):
     add("--time-budget", type=number(float, 0.1, 1e6), metavar="S", help="seconds of training")
     add("--val-rows", type=number(int, 1), metavar="N", help="rows that are scored")
     add("--holdout-rows", type=number(int, 1), metavar="N", help="rows that are scored in secret")
+    add("--verify", action="store_true", help="check every byte of the current benchmark and do nothing else")
     add("--long-documents", choices=("crop", "split"), help="what becomes of documents longer than a row")
     options = parser.parse_args(arguments)
     if options.text and options.dataset not in (None, "local"):
@@ -1069,6 +1178,9 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
+    if options.verify:
+        print(f"{load_benchmark(read_everything=True).id}: every file is as it was prepared")
+        return
     if not options.dataset:
         options.dataset = "climbmix" if torch.cuda.is_available() else "local"
         why = "this machine has CUDA" if torch.cuda.is_available() else "no CUDA here"

@@ -147,6 +147,7 @@ def test_unfair_runs_are_not_scored(benchmark, fault):
         clock.start()
     if fault == "late":
         clock.started -= 3.4
+        clock.stamp -= 3.4
         clock.stop()
     before = prepare.read_journal(benchmark.path)
     with pytest.raises(

@@ -1,0 +1,548 @@
+"""
+Ways to a better number without a better model, each tried for real: it ends in a refusal or in a line of the audit.
+
+And the other side: honest models of many kinds, none of which may be refused.
+"""
+
+import math
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT, SMALL, TEXT, run
+from test_notebook import HEADER, NIGHT, cells, journal_of  # noqa: F401
+
+import prepare
+import train
+
+CPU = torch.device("cpu")
+
+
+def sit(benchmark, model, batch_size=8):
+    """Train for no time at all, and be scored."""
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    clock.start()
+    clock.stop()
+    return prepare.evaluate_bpb(model, benchmark, batch_size, clock)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in dict(DEPTH=2, MODEL_DIM=64, HEAD_DIM=16, SHORT_WINDOW=1 / 8, BACK_END=train.sdpa).items():
+        monkeypatch.setattr(train, name, value)
+
+
+def build(benchmark, dtype=torch.float32):
+    """The model of train.py, with something in all of its weights, as after a training."""
+    torch.manual_seed(0)
+    model = train.build_model(benchmark, CPU, dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight, dtype=torch.float32).to(weight.dtype))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking ahead
+
+
+def unmasked(q, k, v, window):
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def window_off_by_one(q, k, v, window):
+    T = q.size(1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= -1) & (distance <= window)).transpose(1, 2)
+
+
+def one_head_unmasked(q, k, v, window):
+    honest, leaky = train.sdpa(q, k, v, window), unmasked(q, k, v, window)
+    return torch.cat([honest[:, :, :-1], leaky[:, :, -1:]], dim=2)
+
+
+def tiny_unmasked(q, k, v, window):
+    return train.sdpa(q, k, v, window) + 1e-3 * unmasked(q, k, v, window)
+
+
+@pytest.mark.parametrize("attention", [unmasked, window_off_by_one, one_head_unmasked, tiny_unmasked])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_attention_that_looks_ahead(small, benchmark, monkeypatch, attention, batch_size):
+    monkeypatch.setattr(train, "BACK_END", attention)
+    with pytest.raises(RuntimeError, match="the model sees the future: logits at position"):
+        sit(benchmark, build(benchmark), batch_size)
+
+
+class Wrapped(nn.Module):
+    """The model of train.py, and something added to its logits."""
+
+    def __init__(self, model, extra):
+        super().__init__()
+        self.model = model
+        self.extra = extra
+
+    def forward(self, inputs):
+        logits = self.model(inputs)
+        return logits + self.extra(self, inputs, logits)
+
+
+def next_token(inputs, size=1.0):
+    return size * F.one_hot(inputs.roll(-1, dims=1), 512).float()
+
+
+def position(inputs):
+    return torch.arange(inputs.size(1))[:, None]
+
+
+CONVOLUTION = torch.nn.Conv1d(512, 512, 3, padding=1, groups=512)
+BOS = 508
+PEEKS = {
+    "shift": lambda self, inputs, logits: next_token(inputs),
+    "tiny shift": lambda self, inputs, logits: next_token(inputs, 1e-2),
+    "far shift": lambda self, inputs, logits: F.one_hot(inputs.roll(-20, dims=1), 512).float(),
+    "convolution": lambda self, inputs, logits: CONVOLUTION(logits.mT).mT.detach(),
+    "mean of the row": lambda self, inputs, logits: logits.mean(dim=1, keepdim=True),
+    "late positions": lambda self, inputs, logits: next_token(inputs) * (position(inputs) > 0.9 * inputs.size(1)),
+    "last position but one": lambda self, inputs, logits: next_token(inputs) * (position(inputs) == inputs.size(1) - 2),
+    "across a boundary": lambda self, inputs, logits: next_token(inputs) * (inputs.roll(-1, dims=1) == BOS)[..., None],
+    "after a boundary": lambda self, inputs, logits: next_token(inputs) * (inputs == BOS)[..., None],
+    "only in long rows": lambda self, inputs, logits: next_token(inputs, float(inputs.size(1) >= 64)),
+    "only in eval mode": lambda self, inputs, logits: next_token(inputs, float(not self.training)),
+}
+
+
+@pytest.mark.parametrize("peek", PEEKS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_logits_that_look_ahead(small, benchmark, peek, compiled):
+    model = Wrapped(build(benchmark), PEEKS[peek])
+    with pytest.raises(RuntimeError, match="the model sees the future: logits at position"):
+        sit(benchmark, torch.compile(model, backend="aot_eager") if compiled else model)
+
+
+def test_the_probe_sees_a_rare_leak_in_almost_every_run(small, benchmark):
+    """Its cuts are random: of 20 probes of a leak at one document start, most must find it."""
+    model = Wrapped(build(benchmark), PEEKS["across a boundary"])
+    found = 0
+    for _ in range(20):
+        try:
+            prepare.check_causality(model, benchmark.rows("holdout"), 8, 512, CPU)
+        except RuntimeError:
+            found += 1
+    assert found >= 19
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other rows, and memory of what was scored before
+
+
+class BatchNorm(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.norm = nn.BatchNorm1d(512, track_running_stats=False)
+
+    def forward(self, inputs):
+        return self.norm(self.model(inputs).flatten(0, 1)).view(*inputs.shape, -1)
+
+
+def rows_before(self, inputs, logits):
+    return F.one_hot(inputs, 512).float().cumsum(dim=0)
+
+
+def test_batch_norm(small, benchmark):
+    with pytest.raises(RuntimeError, match="the model sees other rows"):
+        sit(benchmark, BatchNorm(build(benchmark)))
+
+
+def test_statistics_of_the_rows_before(small, benchmark):
+    with pytest.raises(RuntimeError, match="the model sees other rows"):
+        sit(benchmark, Wrapped(build(benchmark), rows_before))
+
+
+class Remembers(nn.Module):
+    """Counts which token follows which in whatever it is given to score."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+        counts = torch.zeros(512, 512)
+        if where == "buffer":
+            self.register_buffer("counts", counts)
+        elif where == "weights":
+            self.counts = nn.Parameter(counts)
+        else:
+            self.__dict__["counts"] = counts
+
+    def forward(self, inputs):
+        logits = (self.counts.detach()[inputs] + 0.1).log()
+        with torch.no_grad():
+            pairs = inputs[:, :-1].flatten(), inputs[:, 1:].flatten()
+            self.counts.index_put_(pairs, torch.ones(len(pairs[0])), accumulate=True)
+        return logits
+
+
+@pytest.mark.parametrize("where", ["buffer", "weights", "attribute"])
+def test_a_memory_of_scored_rows(benchmark, where):
+    with pytest.raises(RuntimeError, match="the model sees|scores the same rows differently|have changed during"):
+        sit(benchmark, Remembers(where))
+
+
+def test_weights_that_change_during_the_scoring(benchmark):
+    model = Remembers("weights")
+    honest = prepare.check_causality
+    model.forward = lambda inputs: (model.counts.data.add_(1e-4), torch.zeros(*inputs.shape, 512))[1]
+    with pytest.raises(RuntimeError, match="parameters or buffers have changed"):
+        sit(benchmark, model)
+    assert honest is prepare.check_causality
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that are no logits
+
+
+def test_probabilities_that_do_not_sum_to_one(benchmark):
+    """log p = 0 for every token is no certainty but a uniform model; a constant changes nothing."""
+    scores = [sit(benchmark, lambda inputs: torch.full((*inputs.shape, 512), value)) for value in (0.0, -3.0, 50.0)]
+    assert scores == pytest.approx([scores[0]] * 3)
+    targets, token_bytes = benchmark.rows("val")[:, 1:], benchmark.token_bytes()
+    uniform = math.log2(512) * (token_bytes[targets] > 0).sum() / token_bytes[targets].sum()
+    assert scores[0] == pytest.approx(uniform, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda logits: (logits * 1e6).half(),
+        lambda logits: logits * math.nan,
+        lambda logits: logits.masked_fill(logits == logits.max(), math.inf),
+        lambda logits: logits[:, :-1],
+        lambda logits: logits[:-1],
+        lambda logits: logits.mean(dim=1),
+        lambda logits: F.pad(logits, (0, 1)),
+        lambda logits: logits.tolist(),
+    ],
+    ids=["float16 overflow", "nan", "infinity", "short rows", "fewer rows", "2-dimensional", "wider", "list"],
+)
+def test_no_logits(small, benchmark, spoil):
+    model = build(benchmark)
+    with pytest.raises(ValueError, match="not scored"):
+        sit(benchmark, lambda inputs: spoil(model(inputs)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The clock and the exam, in this process
+
+
+def uniform(inputs):
+    return torch.zeros(*inputs.shape, 512)
+
+
+def test_a_clock_that_was_never_started(benchmark):
+    with pytest.raises(RuntimeError, match="never started"):
+        prepare.evaluate_bpb(uniform, benchmark, 8, prepare.TrainingClock(benchmark, "cpu"))
+
+
+def test_work_after_stop_counts(benchmark):
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    clock.start()
+    clock.stop()
+    time.sleep(3.4)
+    with pytest.raises(RuntimeError, match="3.4 s of a budget of 3 s; .*score right after stop"):
+        prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+
+
+@pytest.mark.parametrize("attribute", ["started", "stopped"])
+def test_a_clock_that_was_set(benchmark, attribute):
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    clock.start()
+    time.sleep(3.4)
+    clock.stop()
+    setattr(clock, attribute, getattr(clock, attribute) + (3 if attribute == "started" else -3))
+    with pytest.raises(RuntimeError, match="not scored: "):
+        prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+
+
+def test_a_second_score_of_the_same_run(benchmark):
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    clock.start()
+    clock.stop()
+    prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+    with pytest.raises(RuntimeError, match="scored before"):
+        prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+
+
+def test_another_budget_in_memory(benchmark):
+    generous = prepare.Benchmark(**{**benchmark.__dict__, "time_budget": 300.0})
+    with pytest.raises(RuntimeError, match="not the benchmark as it was prepared"):
+        sit(generous, uniform)
+
+
+def test_another_budget_on_disk(benchmark, home):
+    shutil.copytree(benchmark.path, home / benchmark.id)
+    (home / "current").write_text(benchmark.id)
+    path = home / benchmark.id / "benchmark.json"
+    path.write_text(path.read_text().replace('"time_budget": 3.0', '"time_budget": 300.0'))
+    with pytest.raises(SystemExit, match="benchmark.json was changed after it was prepared"):
+        prepare.load_benchmark()
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_easier_rows(benchmark, home, moment):
+    shutil.copytree(benchmark.path, home / benchmark.id)
+    (home / "current").write_text(benchmark.id)
+    loaded = prepare.load_benchmark()
+
+    def spoil():
+        path = home / benchmark.id / "val.npy"
+        rows = prepare.np.load(path)
+        rows[:, 1:] = rows[0, 1]
+        prepare.np.save(path, rows)
+
+    if moment == "before":
+        spoil()
+        with pytest.raises(SystemExit, match="val.npy was changed after it was prepared"):
+            prepare.load_benchmark()
+    else:
+        clock = prepare.TrainingClock(loaded, "cpu")
+        clock.start()
+        spoil()
+        clock.stop()
+        with pytest.raises(SystemExit, match="val.npy was changed after it was prepared"):
+            prepare.evaluate_bpb(uniform, loaded, 8, clock)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An edited train.py or prepare.py, run as an agent runs it; what is not refused shows in the audit
+
+
+@pytest.fixture
+def attempt(tmp_path, cells, monkeypatch):  # noqa: F811
+    """Commit edits of train.py or prepare.py, run train.py; returns the process and the audit of an honest row for it."""
+    monkeypatch.undo()
+    prepare.main(["--text", *TEXT, *SMALL, "--time-budget", "1"])
+    prepared = (prepare.HOME / "current").read_text()
+    (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
+    (prepare.HOME / prepared / "best.pt").unlink(missing_ok=True)
+    for name in ("train.py", "prepare.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    git = ["git", "-c", "user.name=Agent", "-c", "user.email=agent@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
+
+    def go(*edits):
+        for file, old, new in edits:
+            source = (tmp_path / file).read_text()
+            assert old in source
+            (tmp_path / file).write_text(source.replace(old, new))
+        for words in (["add", "train.py", "prepare.py"], ["commit", "-qm", "x"]):
+            subprocess.run(git + words, cwd=tmp_path, check=True)
+        result = run("train.py", cwd=tmp_path, TORCHDYNAMO_DISABLE="1", AUTORESEARCH_SEED="1")
+        journal = prepare.read_journal(prepare.HOME / prepared)
+        if not journal:
+            return result, None
+        row = f"{journal[-1]['commit'][:7]}\t{journal[-1]['val_bpb']:.6f}\t1.0\tkeep\tbaseline\n"
+        monkeypatch.chdir(tmp_path)
+        return result, [finding for _, _, finding in cells(HEADER + row)["findings"]]
+
+    return go
+
+
+def test_an_honest_run(attempt):
+    result, findings = attempt()
+    assert result.returncode == 0 and findings == []
+
+
+def test_training_on_validation_rows(attempt):
+    result, findings = attempt(("train.py", 'make_dataloader(benchmark, "train"', 'make_dataloader(benchmark, "val"'))
+    assert result.returncode == 0 and any(f.startswith("read scored rows") for f in findings)
+
+
+def test_training_on_holdout_rows(attempt):
+    line = "    clock.start()\n"
+    result, findings = attempt(("train.py", line, f'    benchmark.rows("holdout")[0]\n{line}'))
+    assert result.returncode == 0 and any(f.startswith("read scored rows") for f in findings)
+
+
+def test_training_before_start(attempt):
+    line = "    clock.start()\n"
+    free = "    for _ in range(5):\n        inputs, targets, epoch = next(loader)\n"
+    free += "        train_step(model, optimizer, [(inputs, targets)], 0.0)\n"
+    result, findings = attempt(("train.py", line, free + line))
+    assert result.returncode == 0 and any("outside of the timed part" in f for f in findings)
+
+
+def test_training_in_a_thread_beyond_stop(attempt):
+    line = "    clock.stop()\n"
+    thread = f"""{line}
+    def more():
+        while True:
+            inputs, targets, _ = next(other)
+            train_step(model, optimizer, [(inputs, targets)], 0.5)
+
+    other = make_dataloader(benchmark, "train", rows, device)
+    threading.Thread(target=more, daemon=True).start()
+"""
+    result, findings = attempt(("train.py", line, thread))
+    assert result.returncode != 0 and findings is None, "refused, or torch itself broke off: no score in the journal"
+
+
+def test_a_patched_time(attempt):
+    patch = "import time\nreal = time.monotonic\ntime.monotonic = lambda: real() / 4\n"
+    result, findings = attempt(("train.py", "import time\n", patch))
+    assert result.returncode == 1 and "not scored: the clock shows" in result.stderr
+
+
+def test_a_run_that_is_just_too_long(attempt):
+    result, findings = attempt(("train.py", "    clock.stop()\n", "    time.sleep(0.6)\n    clock.stop()\n"))
+    assert result.returncode == 1 and "s of a budget of 1 s" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("LATE_LIMIT = 1.1", "LATE_LIMIT = 9.9"),
+        ("/ math.log(2)\n", "/ math.log(4)\n"),
+    ],
+    ids=["constant", "metric"],
+)
+def test_an_edited_prepare(attempt, old, new):
+    result, findings = attempt(("prepare.py", old, new))
+    assert result.returncode == 0 and "prepare.py was not the one that prepared the benchmark" in findings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What only the ledger tells
+
+
+def test_a_lucky_seed(cells):  # noqa: F811
+    found = cells(NIGHT, journal_of(NIGHT, row8={"seed": 1337}))
+    assert [f for *_, f in found["findings"]] == ["seed 1337, which program.md does not name"]
+
+
+def test_the_best_of_many_runs(cells):  # noqa: F811
+    journal = journal_of(NIGHT)
+    more = [{**journal[3], "val_bpb": 0.99 + i / 1000} for i in (1, 2, 3)]
+    found = cells(NIGHT, [*journal, *more])
+    assert [f for *_, f in found["findings"]] == ["its commit has 3 more runs, which have no row"]
+
+
+def test_an_invented_row_and_an_improved_one(cells):  # noqa: F811
+    ledger = NIGHT.replace("0.990000", "0.890000") + "fffffff\t0.900000\t1.0\tkeep\tinvented\n"
+    found = cells(ledger, journal_of(NIGHT))
+    assert (7 + 1, "fffffff", "no run of this commit in the journal") in found["findings"]
+    assert (3, "bbbbbbb", "the ledger says 0.890000, its run scored 0.990000") in found["findings"]
+
+
+def test_an_implausible_gain(cells):  # noqa: F811
+    ledger = NIGHT + "fffffff\t0.800000\t1.0\tkeep\ta bug\n"
+    found = cells(ledger, journal_of(ledger))
+    assert [f for *_, f in found["findings"]] == ["a gain of 19.0% in one step: look for a bug and run it again"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Honest models
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(512, 64), nn.Linear(64, 512)
+        self.layer = nn.GRU(64, 64, batch_first=True)
+
+    def forward(self, inputs):
+        return 3 * self.head(self.layer(self.table(inputs))[0])
+
+
+class Mixture(nn.Module):
+    """Two layers of experts; every token goes to one of them, together with those of other rows."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.table = nn.Embedding(512, 64, dtype=dtype)
+        self.routers = nn.ModuleList(nn.Linear(64, 8, dtype=dtype) for _ in range(2))
+        self.experts = nn.ModuleList(nn.ModuleList(nn.Linear(64, 64, dtype=dtype) for _ in range(8)) for _ in range(2))
+        self.head = nn.Linear(64, 512, dtype=dtype)
+
+    def forward(self, inputs):
+        x = self.table(inputs).flatten(0, 1)
+        for router, experts in zip(self.routers, self.experts):
+            choice = router(x).argmax(dim=1)
+            y = torch.zeros_like(x)
+            for number, expert in enumerate(experts):
+                chosen = (choice == number).nonzero()[:, 0]
+                y[chosen] = expert(x[chosen])
+            x = x + F.gelu(y)
+        return 3 * self.head(x).float().view(*inputs.shape, -1)
+
+
+class LinearAttention(nn.Module):
+    """A running sum over all earlier tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(512, 64), nn.Linear(64, 512)
+
+    def forward(self, inputs):
+        x = self.table(inputs)
+        state = (x.exp().unsqueeze(-1) * x.unsqueeze(-2)).cumsum(dim=1)  # [B, T, K, K]
+        return self.head((x.unsqueeze(-2) @ state).squeeze(-2) / 10)
+
+
+def windows_within_documents(q, k, v, window):
+    """Attention that stops at... the window; a plain mask instead of bands."""
+    T = q.size(1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance <= window)).transpose(1, 2)
+
+
+HASH = torch.randn(1000, 512)
+HONEST = {
+    "train.py": lambda benchmark: build(benchmark),
+    "train.py in bfloat16": lambda benchmark: build(benchmark, torch.bfloat16),
+    "compiled": lambda benchmark: torch.compile(build(benchmark), backend="aot_eager"),
+    "recurrent": lambda benchmark: Recurrent(),
+    "mixture of experts": lambda benchmark: Mixture(torch.float32),
+    "mixture of experts in bfloat16": lambda benchmark: Mixture(torch.bfloat16),
+    "linear attention": lambda benchmark: LinearAttention(),
+    "hashed bigrams": lambda benchmark: Wrapped(
+        build(benchmark), lambda self, x, logits: HASH[(x * 31 + F.pad(x, (1, 0))[:, :-1] * 17) % 1000]
+    ),
+    "smear": lambda benchmark: Wrapped(build(benchmark), lambda self, x, logits: F.pad(logits, (0, 0, 1, 0))[:, :-1]),
+    "causal convolution": lambda benchmark: Wrapped(
+        build(benchmark), lambda self, x, logits: CONVOLUTION(F.pad(logits, (0, 0, 2, 0)).mT).mT[:, : x.size(1)] * 0 + 1
+    ),
+    "mean of the past": lambda benchmark: Wrapped(
+        build(benchmark), lambda self, x, logits: logits.cumsum(dim=1) / (position(x) + 1)
+    ),
+    "since the last boundary": lambda benchmark: Wrapped(
+        build(benchmark), lambda self, x, logits: (x == BOS).cumsum(dim=1)[..., None].float() * HASH[0]
+    ),
+    "dropout": lambda benchmark: nn.Sequential(build(benchmark), nn.Dropout(0.1)),
+    "uniform": lambda benchmark: uniform,
+}
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_honest_models_are_scored(small, benchmark, kind):
+    torch.manual_seed(0)
+    model = HONEST[kind](benchmark)
+    for _ in range(3):
+        assert 0.5 < sit(benchmark, model) < 60
+
+
+def test_honest_masks_are_scored(small, benchmark, monkeypatch):
+    monkeypatch.setattr(train, "BACK_END", windows_within_documents)
+    assert sit(benchmark, build(benchmark)) < 60
+
+
+def test_noisy_models_pass_many_probes(benchmark):
+    """Experts in bfloat16 are rounded differently whenever other tokens change; 30 probes, no false alarm."""
+    torch.manual_seed(0)
+    model = Mixture(torch.bfloat16)
+    for _ in range(30):
+        prepare.check_causality(model, benchmark.rows("holdout"), 8, 512, CPU)
