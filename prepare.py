@@ -87,14 +87,17 @@ DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 RETRY_SECONDS = 1.0  # before the second attempt; doubles with each
 
 LATE_LIMIT = 1.1  # a run that trained for longer than this many budgets is not scored
-CLOCK_ERROR = 1.0  # seconds by which Python's clock and the time stamps of files may differ, and 1%
+CLOCK_ERROR = 1.0  # seconds that file time stamps may be ahead of Python's clock, and ...
+CLOCK_DRIFT = 0.01  # ... this share of the run
 MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
 PROBE_ROWS = 8  # rows whose future the probe replaces ...
 PROBE_ROUNDS = 4  # ... at this many cuts each
-PROBE_NOISE = (
-    1e-4  # as a share of the logits' standard deviation, what rounding may move them by at least; leaks move more
-)
-MIXED_ROWS = 0.05  # such a share, at 1 of 100 positions, is no rounding any more when only other rows have changed
+PROBE_REPEATS = 3  # a leak moves logits every time, chance does not
+PROBE_NOISE = 1e-4  # rounding may move logits by this share of their standard deviation ...
+PROBE_MARGIN = 3  # ... and by so many times what other rows alone move them by
+MIXED_SHARE = 0.05  # but if those move them by more than this, at more than ...
+MIXED_POSITIONS = 0.01  # ... this share of the positions, the model sees other rows
+SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,13 +118,14 @@ class Benchmark:
     long_documents: str  # "crop" or "split"
     path: Path
     seed: int
-    prepared_by: str  # sha256 of the prepare.py that built it
+    prepared_by: str = field(compare=False)  # sha256 of the prepare.py that built it
     rows_served: Counter = field(default_factory=Counter, compare=False)  # per split, for the journal
 
     def rows(self, split):
         """The packed rows of "train", "val" or "holdout": uint16 [rows, T + 1], memory-mapped, read-only."""
         rows = open_rows(self.path, split)
-        self.rows_served[split] += 0 if split == "train" else len(rows)
+        if split != "train":
+            self.rows_served[split] += len(rows)
         return rows
 
     def token_bytes(self):
@@ -133,8 +137,8 @@ def load_benchmark(read_everything=False):
     """
     The benchmark that prepare.py built or chose last. Its seed is 42, or $AUTORESEARCH_SEED to repeat the same file.
 
-    Raises SystemExit, with a line that says how to mend it, if there is none or if it was changed or is not whole; of the
-    training rows only the size is checked, if not `read_everything`.
+    Raises SystemExit, with a line that says how to mend it, if there is none or if it was changed or is not whole. Of
+    the training rows only the size is checked, if not `read_everything`.
     """
     try:
         return open_benchmark(HOME / Path((HOME / "current").read_text().strip()).name, read_everything)
@@ -184,11 +188,7 @@ def find_damage(path, record, read_everything):
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {file['bytes']}"
             if (read_everything or name != "train.npy") and sha256(path / name) != file["sha256"]:
                 return f"{name} was changed after it was prepared"
-        counts = {
-            "train": record["counts"]["train_rows"],
-            **{name: settings[f"{name}_rows"] for name in ("val", "holdout")},
-        }
-        for split, count in counts.items():
+        for split, count in row_counts(record).items():
             rows = open_rows(path, split)
             if rows.dtype != np.uint16 or rows.shape != (count, settings["max_seq_len"] + 1):
                 return f"{split}.npy has other rows than benchmark.json says"
@@ -196,6 +196,11 @@ def find_damage(path, record, read_everything):
         return "benchmark.json is incomplete"
     except ValueError as error:  # numpy loads no pickles
         return f"not an array ({first_line(error)})"
+
+
+def row_counts(record):
+    settings = record["settings"]
+    return {"train": record["counts"]["train_rows"], "val": settings["val_rows"], "holdout": settings["holdout_rows"]}
 
 
 def benchmark_id(record):
@@ -352,9 +357,8 @@ def blocks(text):
     """Cut a text into blocks of BLOCK_CHARACTERS and what is left of the line, or twice as many in a very long one."""
     start, cuts = 0, []
     while start < len(text):
-        end = (
-            text.find("\n", start + BLOCK_CHARACTERS, start + 2 * BLOCK_CHARACTERS) + 1 or start + 2 * BLOCK_CHARACTERS
-        )
+        limit = start + 2 * BLOCK_CHARACTERS
+        end = text.find("\n", start + BLOCK_CHARACTERS, limit) + 1 or limit
         cuts.append(text[start:end])
         start = end
     return cuts
@@ -644,7 +648,7 @@ def build(dataset, settings, local_text, num_shards):
         stream = pack(encode_batches(tokenizer, parquet_batches(scored)), row_length, tokenizer.bos_id, split)
         rows = {name: list(itertools.islice(stream, count)) for name, count in wanted.items()}
         training = encode_batches(tokenizer, read())
-    else:  # validation takes what it needs from the front of one stream of documents, then holdout, the rest is trained on
+    else:  # validation takes what it needs from the front of one stream of documents, then holdout, then training
         read = local_text.batches if local_text else lambda: parquet_batches(fetch(dataset, TINYSTORIES_FILES)[0])
         for guess in (4 * 2**i for i in itertools.count()):  # characters per token
             reserved = count_batches(read(), sum(wanted.values()) * row_length * guess)
@@ -750,7 +754,7 @@ def make_dataloader(benchmark, split, batch_size, device):
     def gather():  # several small batches at a time: a thread has a price
         count = max(1, GATHER_ROWS // batch_size)
         indices, epochs = zip(*itertools.islice(order, count * batch_size))
-        batch = read(rows, list(indices))
+        batch = read(rows, np.array(indices))
         return batch.pin_memory() if device.type == "cuda" else batch, epochs[::batch_size]
 
     def batches():
@@ -768,13 +772,13 @@ def make_dataloader(benchmark, split, batch_size, device):
 
 
 def read(rows, index):
-    """A copy of some rows: int16 [B, T + 1], the same bits as uint16, which fewer devices know."""
-    return torch.from_numpy(np.array(rows[index]).view(np.int16))
+    """A copy of the rows at `index`, an array: int16 [B, T + 1], the same bits as uint16, which fewer devices know."""
+    return torch.from_numpy(rows[index].view(np.int16))
 
 
 def to_ids(batch, device):
     """What `read` gives, as int64 on `device`."""
-    return batch.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
+    return batch.to(device, non_blocking=device.type == "cuda").to(torch.int64) & 0xFFFF  # pinned or staged there only
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -844,8 +848,11 @@ class TrainingClock:
         self.scored = True
         seconds = time.monotonic() - self.started  # what was done between stop() and here counts too
         passed = self.file_time() - self.stamp
-        if abs(passed - seconds) > CLOCK_ERROR + 0.01 * passed:
-            raise RuntimeError(f"not scored: the clock shows {seconds:.1f} s, but {passed:.1f} s have passed")
+        if passed - seconds > CLOCK_ERROR + CLOCK_DRIFT * passed:
+            raise RuntimeError(
+                f"not scored: the clock shows {seconds:.1f} s, but {passed:.1f} s have passed; did the machine sleep? "
+                "Run it again"
+            )
         if seconds > LATE_LIMIT * self.benchmark.time_budget:
             raise RuntimeError(
                 f"not scored: trained for {seconds:.1f} s of a budget of {self.benchmark.time_budget:g} s; "
@@ -859,15 +866,17 @@ def lock_device(device):
         name = f"cuda-{torch.cuda.get_device_properties(device).uuid}"
     else:
         name = f"{device.type}-{platform.node()}"
-    (HOME / "locks").mkdir(parents=True, exist_ok=True)
     holder = HOME / "locks" / f"{name}.pid"
     lock = FileLock(HOME / "locks" / f"{name}.lock")  # the system frees it when the process ends
     try:
+        holder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        holder.write_text(str(os.getpid()))
     except Timeout:
         pid = holder.read_text() if holder.exists() else "unknown"
         raise SystemExit(f"another training is running on {device} (pid {pid}): wait for it or end it") from None
-    holder.write_text(str(os.getpid()))
+    except OSError as error:
+        raise SystemExit(f"cannot write to AUTORESEARCH_HOME: {error}; mend it and run again") from None
     return lock, holder
 
 
@@ -877,18 +886,16 @@ def synchronize(device):
 
 
 def find_origin():
-    """What is being run: the commit, whether tracked files differ from it, and hashes of the script and of this file."""
+    """What is being run: the commit, whether .py files differ from it, and hashes of the script and of this file."""
 
     def git(*words):
         try:
-            return subprocess.run(
-                ["git", *words], cwd=folder, capture_output=True, text=True, check=True
-            ).stdout.strip()
+            output = subprocess.check_output(["git", *words], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
             return None
+        return output.decode().strip()
 
-    folder = Path(__file__).parent
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     script = getattr(sys.modules["__main__"], "__file__", None)
     return {
         "commit": git("rev-parse", "HEAD"),
@@ -910,15 +917,13 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
 
     `model(inputs)` takes int64 [B, T] and returns logits [B, T, vocab_size]; it never sees the targets. `batch_size` is
     only a matter of speed. Raises RuntimeError if the run was not timed or too long, if the model sees the future or
-    other rows, or changes while it is scored; ValueError if its logits have another shape or are not finite.
-    Frees the device in any case.
+    other rows, or changes while it is scored; ValueError if its logits have another shape or are not finite; SystemExit
+    if the benchmark is damaged or the journal can't be written. Frees the device in any case.
     """
     try:
         clock.check()
-        if open_benchmark(benchmark.path) != benchmark or clock.benchmark != benchmark:
-            raise RuntimeError(
-                "not scored: this is not the benchmark as it was prepared; take it from load_benchmark()"
-            )
+        if not open_benchmark(benchmark.path) == benchmark == clock.benchmark:
+            raise RuntimeError("not scored: another benchmark than the one on disk; take it from load_benchmark()")
         device, served = clock.device, Counter(benchmark.rows_served)
         val_rows, holdout_rows = (open_rows(benchmark.path, split) for split in ("val", "holdout"))
         token_bytes, batch_size = benchmark.token_bytes(), scoring_rows(benchmark, batch_size)
@@ -928,11 +933,13 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         check_causality(model, holdout_rows, batch_size, benchmark.vocab_size, device)
         bits = bits_of_rows(model, val_rows, token_bytes, batch_size, device)
         holdout_bits = bits_of_rows(model, holdout_rows, token_bytes, batch_size, device)
-        check_memory(model, val_rows[:batch_size], token_bytes, batch_size, device, bits, weights)
-        val_bpb, holdout_bpb = (
-            float(bits.sum() / token_bytes[rows[:, 1:]].sum())
-            for bits, rows in ((bits, val_rows), (holdout_bits, holdout_rows))
-        )
+        again = bits_of_rows(model, val_rows[:batch_size], token_bytes, batch_size, device)
+        if not np.allclose(again, bits[: len(again)], rtol=SAME_SCORE):
+            raise RuntimeError("not scored: the model scores the same rows differently once it has seen others")
+        if not np.array_equal(checksums(model), weights, equal_nan=True):
+            raise RuntimeError("not scored: parameters or buffers have changed during the scoring")
+        val_bpb = float(bits.sum() / token_bytes[val_rows[:, 1:]].sum())
+        holdout_bpb = float(holdout_bits.sum() / token_bytes[holdout_rows[:, 1:]].sum())
         if was_training:
             model.train()
         record_run(model, benchmark, clock, served, val_bpb, holdout_bpb)
@@ -959,14 +966,14 @@ def bits_of_rows(model, rows, token_bytes, batch_size, device):
         index = np.arange(start, start + batch_size) % len(rows)  # wraps at the end: one shape, so one compiled graph
         ids = to_ids(read(rows, index), device)
         logits = predict(model, ids[:, :-1], len(token_bytes))
-        finite &= torch.isfinite(logits.sum())
+        finite &= torch.isfinite(logits.amin()) & torch.isfinite(logits.amax())
         targets = ids[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        nats[start : start + batch_size] = (losses * has_bytes[targets]).sum(dim=1)[: len(rows) - start]
-    nats = nats.double().cpu() if device.type != "mps" else nats.cpu().double()
+        nats[start : start + batch_size] = losses.where(has_bytes[targets], 0).sum(dim=1)[: len(rows) - start]
+        del logits, losses  # not beside those of the next step
     if not finite:
         raise ValueError("not scored: the model's logits are not all finite")
-    return nats.numpy() / math.log(2)
+    return nats.cpu().double().numpy() / math.log(2)
 
 
 def predict(model, inputs, vocab_size):
@@ -998,64 +1005,54 @@ def check_causality(model, rows, batch_size, vocab_size, device):
     ids[probed, starts] = int(ids[0, 0])  # every row begins with BOS: now each has the start of a document within
     positions = torch.arange(T, device=device)
 
-    def logits_of(cuts):
-        """With random tokens in all other rows, and in the probed ones from the cuts on."""
-        changed = (ids + torch.randint(1, vocab_size, ids.shape, device=device)) % vocab_size  # differs everywhere
-        changed[probed] = torch.where(positions < cuts[:, None], ids[probed], changed[probed])
-        return predict(model, changed, vocab_size)[probed]
+    def logits_of(ids):
+        """Of the probed rows, below the largest: what masks tokens with -1e9 would hide all else."""
+        logits = predict(model, ids, vocab_size)[probed]
+        return (logits - logits.amax(dim=2, keepdim=True)).clamp_(min=-50)
 
     def movement(cuts):
-        return (logits_of(cuts) - before).abs().amax(dim=2) / before.std(dim=(1, 2))[:, None]  # [rows, T]
+        """By how much they move with random tokens in all other rows, and from the cuts on: [probed, T]."""
+        changed = (ids + torch.randint(1, vocab_size, ids.shape, device=device)) % vocab_size  # differs everywhere
+        changed[probed] = torch.where(positions < cuts[:, None], ids[probed], changed[probed])
+        return (logits_of(changed) - before).abs().amax(dim=2) / before.std(dim=(1, 2))[:, None]
 
-    nothing = torch.full((len(probed),), T, device=device)
-    before = predict(model, ids, vocab_size)[probed]
-    others = torch.stack([movement(nothing) for _ in range(PROBE_ROUNDS)]).amax(dim=0)
-    mixed = (others > MIXED_ROWS).nonzero()
-    if 100 * len(mixed) > others.numel():
+    def rounding(rounds):
+        return torch.stack([movement(torch.full_like(starts, T, device=device)) for _ in range(rounds)]).amax(dim=0)
+
+    before = logits_of(ids)
+    noise = rounding(PROBE_ROUNDS)
+    mixed = (noise > MIXED_SHARE).nonzero()
+    if len(mixed) > MIXED_POSITIONS * noise.numel():
         raise RuntimeError(
-            f"the model sees other rows: logits at position {int(mixed[0, 1])} changed when only other rows of the batch "
-            "changed"
+            f"the model sees other rows: logits at position {int(mixed[0, 1])} changed when only other rows of the "
+            "batch changed"
         )
-    for cuts in choose_cuts(starts.tolist(), T):
-        cuts = torch.tensor(cuts, device=device)
-        moves = [movement(cuts) > PROBE_NOISE + 3 * others]
-        suspects = (moves[0] & (positions < cuts[:, None])).any()
-        moves += [movement(cuts) > PROBE_NOISE + 3 * others for _ in range(2 * int(suspects))]  # again: was it chance?
-        leaks = (torch.stack(moves).all(dim=0) & (positions < cuts[:, None])).nonzero()
-        if len(leaks):
+    parts = PROBE_ROUNDS * len(probed)  # of a row, with a cut in each
+    cuts = 1 + ((T - 1) * (torch.arange(parts) + torch.rand(parts)) / parts).long().clamp(max=T - 2)
+    cuts = cuts.view(PROBE_ROUNDS, -1)
+    cuts[0, -1] = starts[-1]  # BOS goes, too
+    cuts[1, -1] = min(int(starts[-1]) + 1, T - 1)  # what follows it
+    cuts[2, -1] = T - 1  # the last token alone
+    for cut in cuts.to(device):
+        leaks = positions < cut[:, None]
+        for _ in range(PROBE_REPEATS):
+            leaks = leaks & (movement(cut) > PROBE_NOISE + PROBE_MARGIN * noise)
+            if not leaks.any():
+                break
+            noise = torch.maximum(noise, rounding(PROBE_ROUNDS))
+        else:
             raise RuntimeError(
-                f"the model sees the future: logits at position {int(leaks[0, 1])} changed when only later tokens changed"
+                f"the model sees the future: logits at position {int(leaks.nonzero()[0, 1])} changed when only later "
+                "tokens changed"
             )
 
 
-def choose_cuts(starts, T):
-    """PROBE_ROUNDS times a cut for each row: all over the row, at its last token, around the start of a document."""
-    parts = PROBE_ROUNDS * len(starts)
-    for turn in range(PROBE_ROUNDS):
-        first = turn * len(starts)  # of as many equal parts of a row, a cut in each
-        cuts = [1 + int((T - 1) * (first + row + random.random()) / parts) for row in range(len(starts))]
-        if turn < 2:
-            cuts[-1] = min(T - 1, starts[-1] + turn)  # BOS changes, too; or what follows it
-        if turn == 3:
-            cuts[-1] = T - 1
-        yield cuts
-
-
 def checksums(model):
-    """Of all parameters and buffers: float64 [2, tensors]. Changes when any of them does."""
+    """Sum and norm of all parameters and buffers, an array [tensors, 2]: changes when any of them does."""
     if not isinstance(model, torch.nn.Module):
-        return torch.zeros(0)
-    tensors = [tensor.detach().flatten().float() for tensor in (*model.parameters(), *model.buffers())]
-    return torch.tensor([[float(tensor.sum()), float(tensor.norm())] for tensor in tensors])
-
-
-def check_memory(model, rows, token_bytes, batch_size, device, bits, weights):
-    """Raise RuntimeError if a model has changed while it was scored, or scores its first rows differently afterwards."""
-    again = bits_of_rows(model, rows, token_bytes, batch_size, device)
-    if not np.allclose(again, bits[: len(rows)], rtol=1e-3):
-        raise RuntimeError("not scored: the model scores the same rows differently once it has seen others")
-    if not torch.equal(checksums(model), weights):
-        raise RuntimeError("not scored: parameters or buffers have changed during the scoring")
+        return np.zeros(0)
+    tensors = (tensor.detach().float() for tensor in (*model.parameters(), *model.buffers()))  # one at a time
+    return np.array([[float(tensor.sum()), float(torch.linalg.vector_norm(tensor))] for tensor in tensors])
 
 
 def record_run(model, benchmark, clock, served, val_bpb, holdout_bpb):
@@ -1076,33 +1073,35 @@ def record_run(model, benchmark, clock, served, val_bpb, holdout_bpb):
         "peak_memory_mb": round(peak_memory_mb(clock.device), 1),
         "device": device_name(clock.device),
     }
-    with FileLock(benchmark.path / "journal.lock"):  # other devices may be done at the same moment
-        best = min((run["val_bpb"] for run in read_journal(benchmark.path)), default=math.inf)
-        if val_bpb < best and isinstance(model, torch.nn.Module):
-            weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-            try:
-                temporary = benchmark.path / "best.pt.tmp"
-                torch.save({"commit": run["commit"], "val_bpb": val_bpb, "model": weights}, temporary)
-                os.replace(temporary, benchmark.path / "best.pt")
-            except (OSError, RuntimeError) as error:  # a full disk; torch has its own error for it
-                print(f"best.pt was not saved: {first_line(error)}")
-        try:
-            with open(benchmark.path / "journal.jsonl", "a") as journal:
-                journal.write(json.dumps(run) + "\n")
-        except OSError as error:
-            raise SystemExit(
-                f"scored, val_bpb {val_bpb:.6f}, but not recorded: {error}; mend it and run again"
-            ) from None
+    path, best_path = benchmark.path / "journal.jsonl", benchmark.path / "best.pt"
+    try:
+        with FileLock(path.with_suffix(".lock")):  # other devices may be done at the same moment
+            best = min((r["val_bpb"] for r in read_journal(benchmark.path) if r["same_prepare"]), default=math.inf)
+            torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a full disk
+            with open(path, "a") as journal:
+                journal.write("\n" * torn + json.dumps(run) + "\n")
+            if val_bpb < best and run["same_prepare"] and isinstance(model, torch.nn.Module):
+                weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+                origin = {"commit": run["commit"], "val_bpb": val_bpb, "device": clock.device.type}
+                try:
+                    torch.save({**origin, "model": weights}, best_path.with_suffix(".tmp"))
+                    os.replace(best_path.with_suffix(".tmp"), best_path)
+                except (OSError, RuntimeError) as error:  # torch has its own for a full disk
+                    best_path.with_suffix(".tmp").unlink(missing_ok=True)
+                    print(f"best.pt was not saved: {first_line(error)}")
+    except OSError as error:
+        raise SystemExit(f"scored, val_bpb {val_bpb:.6f}, but not recorded: {error}; mend it and run again") from None
 
 
 def read_journal(folder):
     """The scored runs of a benchmark's folder, oldest first: a list of dicts."""
     path = folder / "journal.jsonl"
     runs = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
         try:
-            runs.append(json.loads(line))
-        except ValueError:
+            run = json.loads(line)
+            runs.append({"same_prepare": None, **run, "val_bpb": float(run["val_bpb"])})
+        except (ValueError, KeyError, TypeError):
             print(f"{path}:{number}: skipped, not a whole line")
     return runs
 
@@ -1158,7 +1157,12 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     add("--dataset", choices=PRESETS, help="default: climbmix where CUDA is available, local elsewhere")
     add("--text", nargs="+", metavar="PATH", help="local: files or folders; default: Python's standard library")
-    add("--num-shards", type=number(int, 1, VALIDATION_SHARD), metavar="N", help="climbmix: training shards (10)")
+    add(
+        "--num-shards",
+        type=number(int, 1, VALIDATION_SHARD),
+        metavar="N",
+        help=f"climbmix: training shards ({DEFAULT_SHARDS})",
+    )
     add("--seq-len", dest="max_seq_len", type=number(int, 2, 2**20), metavar="T", help="tokens in a row")
     add("--vocab-size", type=number(int, 260, 2**16), metavar="V", help="4 special tokens included")
     add("--time-budget", type=number(float, 0.1, 1e6), metavar="S", help="seconds of training")
@@ -1211,7 +1215,6 @@ def main(arguments=None):
 
 def print_card(record):
     settings, counts = record["settings"], record["counts"]
-    rows = {"train": counts["train_rows"], "val": settings["val_rows"], "holdout": settings["holdout_rows"]}
     dropped = {name: counts[name] for name in ("duplicates", "skipped files", "skipped documents") if counts.get(name)}
     print(
         f"""
@@ -1221,7 +1224,7 @@ budget:           {settings["time_budget"]:g} s of training
 documents:        {counts["train_documents"]:,} to train on""",
         *(f"({n:,} {name})" for name, n in dropped.items()),
     )
-    for name, count in rows.items():
+    for name, count in row_counts(record).items():
         print(f"{name + ' rows:':<17} {count:,} ({count * settings['max_seq_len']:,} tokens)")
     print(f"bytes per token:  {counts['bytes_per_token']:.2f}\n\nnext: uv run train.py")
 

@@ -49,7 +49,7 @@ SHORT_WINDOW      = 1 / 8                        # of the row: earlier tokens th
 MLP_RATIO         = 4                            # hidden width of the MLP / D
 GATE_CHANNELS     = 32                           # channels of x that drive the value gates
 ROPE_BASE         = 200_000
-QK_SCALE          = 1.15                         # on normalised queries and on keys; without it attention is too diffuse
+QK_SCALE          = 1.15                         # on normalised queries and keys; without it attention is too diffuse
 LOGIT_CAP         = 15.0
 INIT_SCALE        = 0.68                         # of block matrices: uniform within INIT_SCALE * sqrt(3 / D)
 X0_INIT           = 0.05                         # how much of the token embedding each block adds at first
@@ -505,7 +505,7 @@ def choose_device():
 
 
 def choose_dtype(device):
-    """bfloat16 where it is fast: on GPUs that have it, elsewhere if a matrix product takes less time than in float32."""
+    """bfloat16 where it is fast: on GPUs that have it, elsewhere if a matrix product takes less time in it."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
@@ -544,7 +544,7 @@ def warm_up(model, optimizer, inputs, targets, accumulation, scoring_rows):
 
 
 def train_step(model, optimizer, batches, progress):
-    """One optimizer step on the mean loss of the batches, which is returned as a tensor, so that nobody waits for it."""
+    """One optimizer step on the mean loss of the batches; returns it as a tensor, so that nobody waits for it."""
     total = 0.0
     for inputs, targets in batches:
         loss = model(inputs, targets) / len(batches)
@@ -602,8 +602,8 @@ def main():
         accumulation = max(1, round(TOTAL_BATCH_SIZE / (rows * T)))
         batch_tokens = accumulation * rows * T
         print(
-            f"{prepare.device_name(device)}, {benchmark.id}, seed {benchmark.seed}: {num_params / 1e6:.1f}M parameters in "
-            f"{str(dtype)[6:]}, attention {BACK_END.__name__}, {batch_tokens:,} tokens a step "
+            f"{prepare.device_name(device)}, {benchmark.id}, seed {benchmark.seed}: {num_params / 1e6:.1f}M parameters "
+            f"in {str(dtype)[6:]}, attention {BACK_END.__name__}, {batch_tokens:,} tokens a step "
             f"({accumulation} x {rows} rows); warming up{', compiling what is new' if COMPILE else ''}"
         )
         tokens = torch.randint(benchmark.vocab_size, (rows, T + 1), device=device)

@@ -1,4 +1,4 @@
-"""What breaks in a night: the network, the disk, the power, two at once, bad text. Real sockets, processes and signals."""
+"""What breaks in a night: the network, the disk, the power, two at once, bad text. Real sockets and signals."""
 
 import hashlib
 import http.server
@@ -206,7 +206,7 @@ def test_an_unreachable_host(home, monkeypatch, host):
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_download_goes_on(hub, home, kind):
-    """The first answer stalls in mid-file; there the process is stopped. The next run ends as if nothing had happened."""
+    """The first answer stalls in mid-file; there the process is stopped. The next run ends as if it had not been."""
     hub.faults.append(lambda handler, content: (handler.answer(content, end=20_000), time.sleep(6)))
     process = start("prepare.py", *ONE_SHARD, environment={"AUTORESEARCH_HOME": str(home)})
     part = home / "downloads" / "climbmix" / "shard_00000.parquet.part"
@@ -407,17 +407,61 @@ def test_lines_of_two_writers_stay_whole(benchmark, home):
 )
 def test_a_training_that_is_stopped(benchmark, tmp_path, kind, spot):
     """At any point: no row, no lock, nothing half-written; the next training runs."""
-    source = (ROOT / "train.py").read_text().splitlines(keepends=True)
-    (index,) = [i for i, line in enumerate(source) if spot in line and not line.startswith("def ")]
-    pad = source[index][: len(source[index]) - len(source[index].lstrip())]
-    source.insert(index + (spot == "clock.start()"), f"{pad}import signal; os.kill(os.getpid(), {int(kind)})\n")
-    (tmp_path / "train.py").write_text("".join(source))
+    script = with_line(tmp_path, spot, f"import signal; os.kill(os.getpid(), {int(kind)})")
     before = snapshot(benchmark.path)
-    process = start(str(tmp_path / "train.py"), environment={"TORCHDYNAMO_DISABLE": "1"})
+    process = start(script, environment={"TORCHDYNAMO_DISABLE": "1"})
     output, errors = process.communicate(timeout=100)
     assert process.returncode in (-kind, 1, 130)
     assert snapshot(benchmark.path) == before
     sit(benchmark, uniform)
+
+
+def with_line(tmp_path, spot, line):
+    """A train.py with one more line before the only one that has `spot` in it."""
+    source = (ROOT / "train.py").read_text().splitlines(keepends=True)
+    (index,) = [i for i, text in enumerate(source) if spot in text and not text.startswith("def ")]
+    pad = source[index][: len(source[index]) - len(source[index].lstrip())]
+    source.insert(index, f"{pad}{line}\n")
+    (tmp_path / "train.py").write_text("".join(source))
+    return str(tmp_path / "train.py")
+
+
+def test_memory_runs_out_in_mid_run(benchmark, tmp_path):
+    """The allocator's own error; the run is a crash that says so, and costs no other."""
+    script = with_line(tmp_path, "loss = train_step(model", "step == 3 and torch.empty(1 << 50)")
+    process = start(script, environment={"TORCHDYNAMO_DISABLE": "1"})
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and "memory" in errors.splitlines()[-1]
+    sit(benchmark, uniform)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_while_it_compiles(benchmark, tmp_path, kind):
+    """The compiler's processes end too, and the next run finds no half-written cache."""
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = start("train.py", environment=environment, start_new_session=True)
+    for _ in range(600):
+        if list((tmp_path / "cache").rglob("*.cpp")):
+            break
+        time.sleep(0.1)
+    process.send_signal(kind)
+    process.communicate()
+    for _ in range(300):
+        session = subprocess.run(["ps", "-s", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
+        if not session.strip():
+            break
+        time.sleep(0.1)
+    assert not session.strip()
+    sit(benchmark, uniform)
+
+
+def test_a_home_that_cannot_be_written(benchmark, home):
+    shutil.copytree(benchmark.path, home / benchmark.id)
+    (home / "current").write_text(benchmark.id)
+    (home / "locks").write_text("in the way")
+    process = start("train.py", environment={"AUTORESEARCH_HOME": str(home)})
+    output, errors = process.communicate()
+    assert process.returncode == 1 and len(errors.splitlines()) == 1 and str(home) in errors
 
 
 def test_without_a_compiler(benchmark, tmp_path):

@@ -112,6 +112,7 @@ PEEKS = {
     "across a boundary": lambda self, inputs, logits: next_token(inputs) * (inputs.roll(-1, dims=1) == BOS)[..., None],
     "after a boundary": lambda self, inputs, logits: next_token(inputs) * (inputs == BOS)[..., None],
     "only in long rows": lambda self, inputs, logits: next_token(inputs, float(inputs.size(1) >= 64)),
+    "behind masked tokens": lambda self, inputs, logits: next_token(inputs) - 1e9 * (torch.arange(512) >= BOS),
     "only in eval mode": lambda self, inputs, logits: next_token(inputs, float(not self.training)),
 }
 
@@ -278,7 +279,7 @@ def test_a_second_score_of_the_same_run(benchmark):
 
 def test_another_budget_in_memory(benchmark):
     generous = prepare.Benchmark(**{**benchmark.__dict__, "time_budget": 300.0})
-    with pytest.raises(RuntimeError, match="not the benchmark as it was prepared"):
+    with pytest.raises(RuntimeError, match="another benchmark than the one on disk"):
         sit(generous, uniform)
 
 
@@ -322,7 +323,7 @@ def test_easier_rows(benchmark, home, moment):
 
 @pytest.fixture
 def attempt(tmp_path, cells, monkeypatch):  # noqa: F811
-    """Commit edits of train.py or prepare.py, run train.py; returns the process and the audit of an honest row for it."""
+    """Commit edits of train.py or prepare.py, run train.py; returns the process and the audit of its honest row."""
     monkeypatch.undo()
     prepare.main(["--text", *TEXT, *SMALL, "--time-budget", "1"])
     prepared = (prepare.HOME / "current").read_text()
@@ -440,7 +441,7 @@ def test_an_invented_row_and_an_improved_one(cells):  # noqa: F811
 def test_an_implausible_gain(cells):  # noqa: F811
     ledger = NIGHT + "fffffff\t0.800000\t1.0\tkeep\ta bug\n"
     found = cells(ledger, journal_of(ledger))
-    assert [f for *_, f in found["findings"]] == ["a gain of 19.0% in one step: look for a bug and run it again"]
+    assert [f for *_, f in found["findings"]] == ["a gain of 19.0% in one step: look for a bug, run it again"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""analysis.ipynb on ledgers good and bad: run headless as a notebook, and its cells in this process to look at results."""
+"""analysis.ipynb on ledgers good and bad: run headless as a notebook, and its cells in this process."""
 
 import contextlib
 import json
@@ -100,7 +100,7 @@ def test_a_night(cells, capsys):
     assert "4 ideas after the baseline, 2 kept: keep rate 50%" in text
     assert "30.0 experiments per hour" in text
     assert re.search(r"ddddddd +a typo", text)
-    assert "no samples: there is no best.pt" in text
+    assert "no samples: there is no best.pt to load" in text
 
 
 TABS = HEADER + "aaaaaaa\t1.0\t1.0\tkeep\tbaseline\tof\ttoday\n"
@@ -180,7 +180,7 @@ def test_the_audit_finds_what_does_not_agree(cells, capsys):
     ]
     text = capsys.readouterr().out
     assert "device: another, cpu  <- several: their scores do not compare" in text
-    assert "2 runs of these commits have no row" in text  # bbbbbbb's own and that of seed 42
+    assert "; 2 runs have no row" in text  # bbbbbbb's own and that of seed 42
     assert found["conclusion"].startswith("7 findings")
 
 
