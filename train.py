@@ -38,7 +38,7 @@ class Per(NamedTuple):
 
 # fmt: off
 # size
-DEPTH             = Per(gpu=9,     small=4)      # blocks
+DEPTH             = Per(gpu=9,     small=2)      # blocks
 MODEL_DIM         = Per(gpu=640,   small=128)    # D, a multiple of HEAD_DIM
 HEAD_DIM          = Per(gpu=128,   small=32)     # K
 TOTAL_BATCH_SIZE  = Per(gpu=2**18, small=2**11)  # tokens per optimizer step
@@ -48,14 +48,18 @@ WINDOW_PATTERN    = "SSSSL"                      # per block, repeated: S short 
 SHORT_WINDOW      = 1 / 8                        # of the row: earlier tokens that an S block sees
 MLP_RATIO         = 4                            # hidden width of the MLP / D
 GATE_CHANNELS     = 32                           # channels of x that drive the value gates
+BIGRAMS           = Per(gpu=0,     small=2**13)  # rows of the table of hashed pairs (token before, token)
+INDUCTION         = Per(gpu=False, small=True)   # half the heads look for what each earlier token followed
+POINTER           = Per(gpu=False, small=True)   # copies tokens of the row to the logits
 ROPE_BASE         = 200_000
 QK_SCALE          = 1.15                         # on normalised queries and keys; without it attention is too diffuse
-LOGIT_CAP         = 15.0
+LOGIT_CAP         = Per(gpu=15.0,  small=None)   # None: no cap; the tanh takes a CPU longer than it is worth
 INIT_SCALE        = 0.68                         # of block matrices: uniform within INIT_SCALE * sqrt(3 / D)
 X0_INIT           = 0.05                         # how much of the token embedding each block adds at first
 # learning rates (tables: at D = 768, scaled by 1 / sqrt(D))
 MATRIX_LR         = 0.04
 WTE_LR            = 0.9
+BIGRAM_LR         = 0.3
 VALUE_LR          = 0.9
 HEAD_LR           = 0.005
 RESIDUAL_LR       = 0.005
@@ -114,11 +118,13 @@ class GPT(nn.Module):
         super().__init__()
         self.windows = window_sizes(max_seq_len)
         self.wte = nn.Embedding(vocab_size, MODEL_DIM, dtype=dtype)
+        self.bigrams = nn.Embedding(BIGRAMS, MODEL_DIM, dtype=dtype) if BIGRAMS else None
         self.blocks = nn.ModuleList(
             Block(window, has_values=layer % 2 == (DEPTH - 1) % 2, vocab_size=vocab_size, dtype=dtype)
             for layer, window in enumerate(self.windows)
         )
         self.lm_head = Linear(MODEL_DIM, vocab_size)
+        self.pointer = Pointer() if POINTER else None
         self.residual_scales = nn.Parameter(torch.empty(DEPTH))
         self.x0_scales = nn.Parameter(torch.empty(DEPTH))
         angles = torch.outer(torch.arange(max_seq_len), ROPE_BASE ** -torch.linspace(0, 1, HEAD_DIM // 2 + 1)[:-1])
@@ -134,26 +140,35 @@ class GPT(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.001)
         nn.init.ones_(self.residual_scales)
         nn.init.constant_(self.x0_scales, X0_INIT)
-        for name, weight in self.blocks.named_parameters():
-            if name.endswith(("attention.out.weight", "mlp.down.weight", "gate.weight")):
+        for name, weight in self.named_parameters():
+            if name.endswith(("bigrams.weight", "attention.out.weight", "mlp.down.weight", "gate.weight")):
                 nn.init.zeros_(weight)
-            else:
+            elif name.startswith(("blocks", "pointer")):
                 nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, inputs, targets=None):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
         inputs = inputs.contiguous()  # as in scoring, and x0 is not x: each would make the compiler start again
-        x = norm(self.wte(inputs))
+        x = self.wte(inputs)
+        if self.bigrams is not None:
+            x = x + self.bigrams(hash_pairs(inputs))
+        x = norm(x)
         x0 = x.view_as(x)
         for block, r, z in zip(self.blocks, self.residual_scales, self.x0_scales):
             x = block(x, x0, r, z, inputs, self.cos, self.sin)
-        return self.logits(x) if targets is None else self.loss(x, targets)
+        return self.logits(x, inputs) if targets is None else self.loss(x, inputs, targets)
 
-    def logits(self, x):
-        return LOGIT_CAP * torch.tanh(self.lm_head(norm(x)).float() / LOGIT_CAP)
+    def logits(self, x, inputs):
+        x = norm(x)
+        logits = self.lm_head(x).float()
+        if LOGIT_CAP:
+            logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
+        if self.pointer is not None:
+            logits = logits.scatter_add(-1, inputs[:, None].expand(-1, x.size(1), -1), self.pointer(x))
+        return logits
 
-    def loss(self, x, targets):
-        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
+    def loss(self, x, inputs, targets):
+        return F.cross_entropy(self.logits(x, inputs).flatten(0, 1), targets.flatten())
 
     def compile_parts(self):
         """torch.compile per block: blocks of one shape share their code, so that it takes a fraction of the time."""
@@ -165,7 +180,8 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Of a forward and backward pass: 6 per matrix weight, and attention over what each window lets through."""
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
-        return 6 * matrices + sum(12 * MODEL_DIM * window for window in self.windows)
+        pointer = 0 if self.pointer is None else 6 * MODEL_DIM * len(self.cos)
+        return 6 * matrices + sum(12 * MODEL_DIM * window for window in self.windows) + pointer
 
 
 class Block(nn.Module):
@@ -200,6 +216,9 @@ class Attention(nn.Module):
         if self.table is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # [B, T, H], 1 at first
             v = v + gate.unsqueeze(-1) * self.table(inputs).view(heads)
+        if INDUCTION:
+            early, same = k.chunk(2, dim=2)
+            k = torch.cat([shift(early), same], dim=2)
         q, k = (QK_SCALE * norm(rotate(part, cos, sin)) for part in (q, k))
         return self.out(attention(q, k, v, self.window).reshape(B, T, D))
 
@@ -212,6 +231,36 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down(F.relu(self.up(x)).square())
+
+
+class Pointer(nn.Module):
+    """
+    To every logit, how similar the state before an earlier occurrence of its token was: the row's own continuations.
+
+    After pointer networks (Vinyals et al. 2015, arXiv 1506.03134); takes states [B, T, D], gives weights [B, T, T].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.state = Linear(MODEL_DIM, MODEL_DIM)
+        self.gate = Linear(MODEL_DIM, 1)
+
+    def forward(self, x):
+        q = norm(self.state(x))
+        k = shift(q)  # the state before a token, which is compared with the present one
+        scores = (q @ k.mT).float() / math.sqrt(MODEL_DIM)
+        future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, -math.inf).softmax(dim=-1) * (1 + self.gate(x).float())
+
+
+def shift(x):
+    """x [B, T, ...] one position later: at each the value of the one before, zero at the first."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def hash_pairs(inputs):
+    """A row of the bigram table for each token and the one before: int64 [B, T]."""
+    return (shift(inputs) * 36_313 + inputs * 27_191) % BIGRAMS
 
 
 def rotate(x, cos, sin):
@@ -440,14 +489,16 @@ class MuonAdamW(torch.optim.Optimizer):
 def build_optimizer(model, dtype, compile=False):
     """Every parameter in exactly one group."""
     matrices = {}  # shape -> the block matrices of that shape
-    for name, weight in model.blocks.named_parameters():
-        if "table" not in name:
+    for name, weight in model.named_parameters():
+        if name.startswith(("blocks", "pointer")) and "table" not in name:
             matrices.setdefault(weight.shape, []).append(weight)
     tables = [block.attention.table.weight for block in model.blocks if block.attention.table is not None]
+    bigrams = [] if model.bigrams is None else [model.bigrams.weight]
     scale = (MODEL_DIM / 768) ** -0.5
     # fmt: off
     groups = [
         dict(kind="adamw", params=[model.wte.weight],       lr=WTE_LR * scale,   decay=WTE_DECAY,   betas=ADAM_BETAS),
+        dict(kind="adamw", params=bigrams,                  lr=BIGRAM_LR * scale, decay=WTE_DECAY,   betas=ADAM_BETAS),
         dict(kind="adamw", params=tables,                   lr=VALUE_LR * scale, decay=VALUE_DECAY, betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.lm_head.weight],   lr=HEAD_LR * scale,  decay=HEAD_DECAY,  betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.residual_scales],  lr=RESIDUAL_LR,      decay=0.0,         betas=ADAM_BETAS),
@@ -455,7 +506,7 @@ def build_optimizer(model, dtype, compile=False):
     ]
     # fmt: on
     groups += [dict(kind="muon", params=same, lr=MATRIX_LR, decay=MATRIX_DECAY) for same in matrices.values()]
-    return MuonAdamW(groups, dtype, compile)
+    return MuonAdamW([group for group in groups if group["params"]], dtype, compile)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,19 +15,30 @@ import train
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth
 device benchmark seed overhead_seconds""".split()
 CPU = torch.device("cpu")
+CONSTANTS = {name: value for name, value in vars(train).items() if name.isupper()}  # with both columns
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+
+
+def set_constants(monkeypatch, device, **constants):
+    """The column of a device, and other values; every constant is put back afterwards."""
+    for name, value in {**CONSTANTS, **constants}.items():
+        monkeypatch.setattr(train, name, value)
+    train.settle(torch.device(device))
+    torch.manual_seed(0)
+
+
+TINY = dict(DEPTH=5, MODEL_DIM=64, HEAD_DIM=32, GATE_CHANNELS=16, COMPILE=False)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A model of a size for tests; every constant is put back afterwards."""
-    for name, value in vars(train).copy().items():
-        if name.isupper():
-            monkeypatch.setattr(train, name, value)
-    for name, value in dict(DEPTH=5, MODEL_DIM=64, HEAD_DIM=32, GATE_CHANNELS=16, COMPILE=False).items():
-        monkeypatch.setattr(train, name, value)
-    train.settle(CPU)
-    torch.manual_seed(0)
+    set_constants(monkeypatch, "cpu", **TINY)
+
+
+@pytest.fixture(params=["cuda", "cpu"])
+def both(request, monkeypatch):
+    """The model of GPUs and that of small machines, of a size for tests."""
+    set_constants(monkeypatch, request.param, **TINY)
 
 
 def build(vocab_size=512, max_seq_len=64):
@@ -57,16 +68,17 @@ def test_import_does_nothing():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_first_loss_is_that_of_guessing(small):
+def test_first_loss_is_that_of_guessing(both):
     model, ids = build()
     assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(512), abs=0.01)
 
 
-def test_logits_and_loss_agree(small):
+def test_logits_and_loss_agree(both):
     model, ids = build()
     awaken(model)
     logits = model(ids[:, :-1])
-    assert logits.shape == (3, 64, 512) and logits.dtype == torch.float32 and logits.abs().max() < train.LOGIT_CAP
+    assert logits.shape == (3, 64, 512) and logits.dtype == torch.float32
+    assert not train.LOGIT_CAP or logits.abs().max() < train.LOGIT_CAP
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     assert torch.equal(model(ids[:, :-1], ids[:, 1:]), expected)
 
@@ -82,14 +94,40 @@ def test_value_embeddings_in_every_other_block_and_the_last(small):
     assert [block.attention.table is not None for block in model.blocks] == [True, False, True, False, True]
 
 
-def test_reference_size_and_flops(small):
-    for name, value in dict(DEPTH=9, MODEL_DIM=640, HEAD_DIM=128, GATE_CHANNELS=32).items():
-        setattr(train, name, value)
+def test_reference_size_and_flops(monkeypatch):
+    """The GPU column, as it stands."""
+    set_constants(monkeypatch, "cuda")
     with torch.device("meta"):
         model = train.GPT(8192, 2048, torch.bfloat16)
     assert round(sum(weight.numel() for weight in model.parameters()) / 1e6) == 81
     matrices = 9 * 12 * 640 * 640 + 8192 * 640 + 5 * 32 * 5
     assert model.flops_per_token() == 6 * matrices + 12 * 640 * (7 * 256 + 2 * 2048)
+
+
+def test_pointer_against_a_naive_loop(small):
+    """A token's logit gains what the states before its earlier occurrences have in common with the present one."""
+    pointer = train.Pointer()
+    x = torch.randn(2, 7, 64)
+    inputs = torch.randint(3, (2, 7))
+    weights = pointer(x)
+    states = train.norm(pointer.state(x))
+    for row in range(2):
+        for t in range(7):
+            before = [states[row, s - 1] if s else torch.zeros(64) for s in range(t + 1)]
+            scores = torch.stack([states[row, t] @ state for state in before]) / 8
+            expected = scores.softmax(dim=0) * (1 + pointer.gate(x)[row, t])
+            assert torch.allclose(weights[row, t, : t + 1], expected, atol=1e-5)
+            assert not weights[row, t, t + 1 :].any()
+    gained = torch.zeros(2, 7, 3).scatter_add(-1, inputs[:, None].expand(-1, 7, -1), weights)
+    assert torch.allclose(gained.sum(dim=-1), weights.sum(dim=-1), atol=1e-5)
+
+
+def test_pairs_are_of_a_token_and_the_one_before(small):
+    ids = torch.randint(4096, (4, 50))
+    pairs = train.hash_pairs(ids)
+    again = train.hash_pairs(torch.cat([torch.randint(4096, (4, 9)), ids], dim=1))
+    assert torch.equal(again[:, 10:], pairs[:, 1:]) and 0 <= pairs.min() and pairs.max() < train.BIGRAMS
+    assert len(pairs.unique()) > 150
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance(small):
@@ -183,7 +221,7 @@ def test_no_network_is_noticed_at_once(monkeypatch):
 # Optimizer and schedules
 
 
-def test_every_parameter_in_exactly_one_group(small):
+def test_every_parameter_in_exactly_one_group(both):
     model, _ = build()
     grouped = [
         weight for group in train.build_optimizer(model, torch.float32).param_groups for weight in group["params"]
@@ -297,7 +335,7 @@ def test_peak_flops(name, flops):
     assert train.peak_flops(name) == flops
 
 
-def test_warm_up_leaves_no_trace(small):
+def test_warm_up_leaves_no_trace(both):
     model, ids = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
@@ -307,7 +345,7 @@ def test_warm_up_leaves_no_trace(small):
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_accumulation_is_the_mean(small):
+def test_accumulation_is_the_mean(both):
     results = []
     for split in (1, 3):
         torch.manual_seed(5)
@@ -319,7 +357,7 @@ def test_accumulation_is_the_mean(small):
     assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
 
 
-def test_training_learns(small):
+def test_training_learns(both):
     model, ids = build()
     optimizer = train.build_optimizer(model, torch.float32)
     losses = [train.train_step(model, optimizer, [(ids[:, :-1], ids[:, 1:])], step / 30).item() for step in range(30)]
@@ -390,7 +428,7 @@ def test_end_to_end(benchmark):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_probe_passes_the_real_model(small, benchmark, compiled):
+def test_probe_passes_the_real_model(both, benchmark, compiled):
     model = train.build_model(benchmark, CPU)
     awaken(model)
     if compiled:
