@@ -1098,6 +1098,8 @@ def read_journal(folder):
     path = folder / "journal.jsonl"
     runs = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
+        if not line:
+            continue
         try:
             run = json.loads(line)
             runs.append({"same_prepare": None, **run, "val_bpb": float(run["val_bpb"])})
