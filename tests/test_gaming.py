@@ -195,11 +195,9 @@ def test_a_memory_of_scored_rows(benchmark, where):
 
 def test_weights_that_change_during_the_scoring(benchmark):
     model = Remembers("weights")
-    honest = prepare.check_causality
     model.forward = lambda inputs: (model.counts.data.add_(1e-4), torch.zeros(*inputs.shape, 512))[1]
     with pytest.raises(RuntimeError, match="parameters or buffers have changed"):
         sit(benchmark, model)
-    assert honest is prepare.check_causality
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,8 +491,8 @@ class LinearAttention(nn.Module):
         return self.head((x.unsqueeze(-2) @ state).squeeze(-2) / 10)
 
 
-def windows_within_documents(q, k, v, window):
-    """Attention that stops at... the window; a plain mask instead of bands."""
+def plain_mask(q, k, v, window):
+    """A window by a plain mask instead of bands."""
     T = q.size(1)
     distance = torch.arange(T)[:, None] - torch.arange(T)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -515,7 +513,7 @@ HONEST = {
     ),
     "smear": lambda benchmark: Wrapped(build(benchmark), lambda self, x, logits: F.pad(logits, (0, 0, 1, 0))[:, :-1]),
     "causal convolution": lambda benchmark: Wrapped(
-        build(benchmark), lambda self, x, logits: CONVOLUTION(F.pad(logits, (0, 0, 2, 0)).mT).mT[:, : x.size(1)] * 0 + 1
+        build(benchmark), lambda self, x, logits: CONVOLUTION(F.pad(logits, (0, 0, 2, 0)).mT).mT[:, : x.size(1)]
     ),
     "mean of the past": lambda benchmark: Wrapped(
         build(benchmark), lambda self, x, logits: logits.cumsum(dim=1) / (position(x) + 1)
@@ -537,7 +535,7 @@ def test_honest_models_are_scored(small, benchmark, kind):
 
 
 def test_honest_masks_are_scored(small, benchmark, monkeypatch):
-    monkeypatch.setattr(train, "BACK_END", windows_within_documents)
+    monkeypatch.setattr(train, "BACK_END", plain_mask)
     assert sit(benchmark, build(benchmark)) < 60
 
 
