@@ -258,6 +258,14 @@ def test_no_benchmark(tmp_path):
         assert result.stderr.strip() == 'no benchmark prepared: run "uv run prepare.py" first'
 
 
+def test_unreachable_host(tmp_path):
+    result = run(
+        "prepare.py", "--dataset", "climbmix", AUTORESEARCH_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9"
+    )
+    assert result.returncode == 1 and "HF_ENDPOINT" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "current").exists()
+
+
 def test_unusable_home(tmp_path):
     (tmp_path / "file").write_text("")
     result = run("prepare.py", *TINY, AUTORESEARCH_HOME=str(tmp_path / "file" / "home"))
