@@ -437,7 +437,7 @@ def adamw_update(weight, grad, mean, square, lr, beta1, beta2, eps, decay, step)
     mean.lerp_(grad, 1 - beta1)
     square.lerp_(grad.square(), 1 - beta2)
     scale = (square.sqrt() / (1 - beta2**step).sqrt()).add_(eps)
-    weight.copy_(weight * (1 - lr * decay) - mean / scale * (lr / (1 - beta1**step)))
+    weight.copy_(weight.float() * (1 - lr * decay) - mean / scale * (lr / (1 - beta1**step)))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -614,6 +614,14 @@ def check_loss(loss, step, progress):
         raise SystemExit(f"stopped at step {step}: the loss is {loss} (MATRIX_LR now {rate:.4g}); lower the rates")
 
 
+def trust_compiler():
+    """torch tries in every run whether code for each instruction set of the CPU compiles and loads, 1.7 s each."""
+    if COMPILE:
+        from torch._inductor.cpu_vec_isa import VecISA
+
+        VecISA.check_build = lambda isa, code: True
+
+
 def keep_freed_memory():
     """glibc hands freed blocks of megabytes back to the system; to get them anew costs 9,000 page faults a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -636,8 +644,8 @@ def main():
     benchmark = load_benchmark()
     clock = TrainingClock(benchmark, device)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))  # the second run compiles nothing
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # skips a test of the compiler, 3 s in every run on a CPU
     torch.set_float32_matmul_precision("high")
+    trust_compiler()
     keep_freed_memory()
     dtype = choose_dtype(device)
     BACK_END = choose_attention(device, dtype)

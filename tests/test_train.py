@@ -244,6 +244,22 @@ def test_adamw_against_torch(small):
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_adamw_rounds_a_bfloat16_table_once(small):
+    ours = torch.nn.Parameter(torch.randn(50, 40).bfloat16())
+    optimizer = train.MuonAdamW(
+        [dict(kind="adamw", params=[ours], lr=0.5, decay=0.003, betas=(0.8, 0.95))], torch.float32
+    )
+    theirs = torch.nn.Parameter(ours.detach().float())
+    reference = torch.optim.AdamW([theirs], lr=0.5, betas=(0.8, 0.95), eps=train.ADAM_EPS, weight_decay=0.003)
+    for _ in range(5):
+        ours.grad = 1e-3 * torch.randn(50, 40).bfloat16()
+        theirs.grad = ours.grad.float()
+        theirs.data.copy_(ours)
+        optimizer.step()
+        reference.step()
+        assert (ours == theirs.bfloat16()).float().mean() > 0.99  # the order of sums may tip the others
+
+
 def test_second_moments_of_bfloat16_tables_move(small):
     weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
     optimizer = train.MuonAdamW(
