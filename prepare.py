@@ -28,7 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_right, insort
 from collections import Counter, deque
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -388,7 +388,10 @@ def fetch(dataset, names):
                     state = f"{len(missing) - len(pending)} of {len(missing)} files"
                     size = f"{sum(received.values()) / 1e6:,.0f} MB"
                     progress(f"downloading {dataset}: {state}, {size}", last=not pending)
-            except BaseException:  # Ctrl-C too
+            except KeyboardInterrupt:
+                print("interrupted; run this again to go on")
+                os._exit(130)  # at once: a thread that waits for a stalled server would hold the process up
+            except BaseException:
                 received["stop"] = 1  # ends the other downloads; what they have stays for the next time
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -565,30 +568,37 @@ def pack(batches, row_length, bos, split):
     than PACKING_BUFFER documents. Yields uint16 [row_length].
     """
     batches = iter(batches)
-    keys = []  # sorted, length << 32 | order of arrival: bisection finds what a scan would
-    waiting = {}  # key -> tokens
-    arrivals = itertools.count()
+    lengths = []  # of the documents in the buffer: sorted, each once
+    waiting = {}  # length -> documents, in order of arrival
+    count = 0
 
     def add(tokens):
-        key = (len(tokens) + 1) << 32 | next(arrivals)
-        insort(keys, key)
-        waiting[key] = tokens
+        nonlocal count
+        count += 1
+        length = len(tokens) + 1
+        if length not in waiting:
+            waiting[length] = deque()
+            insort(lengths, length)
+        waiting[length].append(tokens)
 
     while True:
         row = np.full(row_length, bos, dtype=np.uint16)
         filled = 0
         while filled < row_length:
-            while len(keys) < PACKING_BUFFER and (batch := next(batches, None)) is not None:
+            while count < PACKING_BUFFER and (batch := next(batches, None)) is not None:
                 for tokens in batch:
                     piece = row_length - 1 if split else max(1, len(tokens))
                     for start in range(0, max(1, len(tokens)), piece):
                         add(tokens[start : start + piece])
-            if not keys:
+            if not count:
                 return
             space = row_length - filled
-            fits = bisect_left(keys, (space + 1) << 32) - 1
-            key = keys.pop(bisect_left(keys, keys[fits] >> 32 << 32) if fits >= 0 else 0)
-            tokens = waiting.pop(key)
+            index = max(0, bisect_right(lengths, space) - 1)
+            length = lengths[index]
+            tokens = waiting[length].popleft()
+            count -= 1
+            if not waiting[length]:
+                del waiting[length], lengths[index]
             taken = min(len(tokens), space - 1)
             row[filled + 1 : filled + 1 + taken] = tokens[:taken]
             filled += 1 + taken

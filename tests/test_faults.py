@@ -1,10 +1,12 @@
 """What breaks in a night: the network, the disk, the power, two at once, bad text. Real sockets and signals."""
 
+import contextlib
 import hashlib
 import http.server
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -207,8 +209,9 @@ def test_an_unreachable_host(home, monkeypatch, host):
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_download_goes_on(hub, home, kind):
-    """The first answer stalls in mid-file; there the process is stopped. The next run ends as if it had not been."""
-    hub.faults.append(lambda handler, content: (handler.answer(content, end=20_000), time.sleep(6)))
+    """The first answer stalls in mid-file; there the process is stopped, and ends before the stall does."""
+    stalled = threading.Event()
+    hub.faults.append(lambda handler, content: (handler.answer(content, end=20_000), stalled.wait(60)))
     process = start("prepare.py", *ONE_SHARD, environment={"AUTORESEARCH_HOME": str(home)})
     part = home / "downloads" / "climbmix" / "shard_00000.parquet.part"
     for _ in range(300):
@@ -216,10 +219,11 @@ def test_an_interrupted_download_goes_on(hub, home, kind):
             break
         time.sleep(0.1)
     process.send_signal(kind)
+    output, errors = process.communicate(timeout=50)
+    assert process.returncode != 0 and not stalled.is_set() and not (home / "current").exists()
     if kind == signal.SIGINT:
-        hub.faults.append(None)
-    assert process.wait(timeout=60) != 0 and not (home / "current").exists()
-    process.communicate()
+        assert (process.returncode, errors) == (130, "") and "run this again" in output
+    stalled.set()
     prepare.main(ONE_SHARD)
     assert snapshot(home / "downloads" / "climbmix") == snapshot(hub.folder)
     assert prepare.load_benchmark(read_everything=True)
@@ -280,6 +284,68 @@ class Uniform(torch.nn.Embedding):
         return torch.zeros(*inputs.shape, 512)
 print("score", prepare.evaluate_bpb(Uniform(512, 512), benchmark, 8, clock))
 """
+
+
+@pytest.fixture
+def disk(home):
+    """`home` on a file system of its own; call it to mount that with other options. For root on Linux."""
+
+    def mount(*options):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", home], capture_output=True)
+
+    home.mkdir()
+    if shutil.which("mount") is None or mount("size=64m").returncode:
+        pytest.skip("may not mount a file system")
+    yield lambda *options: mount("remount", *options)
+    subprocess.run(["umount", "-l", home], check=True)
+
+
+def refused(*command, home):
+    """The one line in which a command fails."""
+    process = start(*command, environment={"AUTORESEARCH_HOME": str(home)})
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and len(errors.splitlines()) == 1, errors
+    return errors
+
+
+def test_a_file_system_that_is_full(disk, home, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(stories(0, 9000)))
+    arguments = ["--text", str(tmp_path / "a.txt"), *TINY]
+    filler = home / "filler"
+    filler.write_bytes(bytes(64 * 2**20 - 200_000))
+    assert "No space left on device" in refused("prepare.py", *arguments, home=home)
+    filler.unlink()
+    prepare.main(arguments)
+    loaded = prepare.load_benchmark(read_everything=True)
+
+    def fill():
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    fill()
+    assert "No space left on device" in refused("train.py", home=home)
+    filler.unlink()
+    clock = prepare.TrainingClock(loaded, "cpu")
+    clock.start()
+    clock.stop()
+    fill()
+    with pytest.raises(SystemExit, match=r"scored, val_bpb \d.*No space left.*mend it"):
+        prepare.evaluate_bpb(lambda inputs: torch.zeros(*inputs.shape, loaded.vocab_size), loaded, 8, clock)
+    filler.unlink()
+    sit(loaded, lambda inputs: torch.zeros(*inputs.shape, loaded.vocab_size))
+    assert len(prepare.read_journal(loaded.path)) == 1
+
+
+def test_a_home_that_is_read_only(benchmark, disk, home, tmp_path):
+    shutil.copytree(benchmark.path, home / benchmark.id)
+    (home / "current").write_text(benchmark.id)
+    (tmp_path / "a.txt").write_text("".join(stories(0, 900)))
+    disk("ro")
+    assert "Read-only file system" in refused("train.py", home=home)
+    assert "Read-only file system" in refused("prepare.py", "--text", str(tmp_path / "a.txt"), *TINY, home=home)
+    disk("rw")
+    sit(prepare.load_benchmark(), uniform)
 
 
 @pytest.mark.parametrize("journal_size", [0, 99_990])
@@ -499,6 +565,27 @@ def test_many_runs_leave_nothing_behind(benchmark):
     assert len(prepare.read_journal(benchmark.path)) == before + 50
 
 
+@pytest.mark.long
+def test_fifty_trainings_in_a_row(benchmark, home):
+    """Real ones of 3 seconds: after the first, no file, process or lock is left but 49 more rows."""
+    shutil.copytree(benchmark.path, home / benchmark.id, ignore=lambda *_: ["journal.jsonl", "best.pt"])
+    (home / "current").write_text(benchmark.id)
+    sizes = []
+    for number in range(50):
+        process = start("train.py", environment={"AUTORESEARCH_HOME": str(home)}, start_new_session=True)
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+        session = subprocess.run(["ps", "-s", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
+        assert not session.strip()
+        files = {path for path in home.rglob("*") if "compiled" not in path.parts}
+        compiled = {path for path in home.rglob("compiled/**/*")}
+        sizes.append((len(files), len(compiled), float(re.search(r"^peak_vram_mb: +(\S+)", output, re.M)[1])))
+    assert {size[:2] for size in sizes[1:]} == {sizes[-1][:2]}
+    assert max(memory for *_, memory in sizes[-10:]) < 1.1 * max(memory for *_, memory in sizes[1:11])
+    runs = prepare.read_journal(home / benchmark.id)
+    assert len(runs) == 50 and all(run["val_bpb"] < 5 for run in runs)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
@@ -560,6 +647,25 @@ def test_very_many_tiny_documents(home, tmp_path):
     lines = "".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(50_000))
     benchmark, counts = prepare_text(tmp_path, {"tiny.jsonl": lines})
     assert counts["documents"] == 50_000
+
+
+@pytest.mark.long
+def test_a_million_tiny_documents(home, tmp_path):
+    lines = "".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(1_000_000))
+    benchmark, counts = prepare_text(tmp_path, {"tiny.jsonl": lines})
+    assert counts["documents"] == 1_000_000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("company", [{}, PLENTY], ids=["alone", "among others"])
+def test_a_line_of_200_megabytes(home, tmp_path, company):
+    """Alone it is cut into blocks, among others it is one document; nearly all of its bytes are trained on."""
+    line = ("".join(stories(0, 9000)).replace("\n", " ") * 400)[:200_000_000]
+    benchmark, counts = prepare_text(tmp_path, {"line.txt": line, **company})
+    packed = sum(int(benchmark.token_bytes()[rows].sum()) for rows in np.array_split(benchmark.rows("train"), 50))
+    total = len(line) + sum(map(len, company.values()))
+    assert len(line) == 200_000_000 and 0.99 * total < packed <= total
+    assert counts["documents"] == 13 if company else counts["documents"] > 1000
 
 
 @pytest.mark.parametrize("line", ["{", '"text"', '{"words": "x"}', '{"text": 7}', '{"text": null}'])
