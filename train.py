@@ -41,14 +41,14 @@ class Per(NamedTuple):
 DEPTH             = Per(gpu=9,     small=2)      # blocks
 MODEL_DIM         = Per(gpu=640,   small=128)    # D, a multiple of HEAD_DIM
 HEAD_DIM          = Per(gpu=128,   small=32)     # K
-TOTAL_BATCH_SIZE  = Per(gpu=2**18, small=2**11)  # tokens per optimizer step
+TOTAL_BATCH_SIZE  = Per(gpu=2**18, small=2**12)  # tokens per optimizer step
 DEVICE_BATCH_SIZE = Per(gpu=128,   small=16)     # rows per forward pass; halved while they don't fit in memory
 # model
 WINDOW_PATTERN    = "SSSSL"                      # per block, repeated: S short window, L all; the last block is L
 SHORT_WINDOW      = 1 / 8                        # of the row: earlier tokens that an S block sees
 MLP_RATIO         = 4                            # hidden width of the MLP / D
 GATE_CHANNELS     = 32                           # channels of x that drive the value gates
-BIGRAMS           = Per(gpu=0,     small=2**13)  # rows of the table of hashed pairs (token before, token)
+NGRAMS            = Per(gpu=0,     small=2**16)  # rows in each table of hashed n-grams: a pair of tokens, three
 INDUCTION         = Per(gpu=False, small=True)   # half the heads look for what each earlier token followed
 POINTER           = Per(gpu=False, small=True)   # copies tokens of the row to the logits
 ROPE_BASE         = 200_000
@@ -59,7 +59,7 @@ X0_INIT           = 0.05                         # how much of the token embeddi
 # learning rates (tables: at D = 768, scaled by 1 / sqrt(D))
 MATRIX_LR         = 0.04
 WTE_LR            = 0.9
-BIGRAM_LR         = 0.3
+NGRAM_LRS         = (0.3, 0.2)                   # of pairs, of three
 VALUE_LR          = 0.9
 HEAD_LR           = 0.005
 RESIDUAL_LR       = 0.005
@@ -118,7 +118,9 @@ class GPT(nn.Module):
         super().__init__()
         self.windows = window_sizes(max_seq_len)
         self.wte = nn.Embedding(vocab_size, MODEL_DIM, dtype=dtype)
-        self.bigrams = nn.Embedding(BIGRAMS, MODEL_DIM, dtype=dtype) if BIGRAMS else None
+        self.ngrams = nn.ModuleList(nn.Embedding(NGRAMS, MODEL_DIM, dtype=dtype) for _ in NGRAM_LRS if NGRAMS)
+        for table in self.ngrams:
+            table.sparse = table.weight.is_cpu  # gradients of the rows that were used: other devices are slow at that
         self.blocks = nn.ModuleList(
             Block(window, has_values=layer % 2 == (DEPTH - 1) % 2, vocab_size=vocab_size, dtype=dtype)
             for layer, window in enumerate(self.windows)
@@ -141,7 +143,7 @@ class GPT(nn.Module):
         nn.init.ones_(self.residual_scales)
         nn.init.constant_(self.x0_scales, X0_INIT)
         for name, weight in self.named_parameters():
-            if name.endswith(("bigrams.weight", "attention.out.weight", "mlp.down.weight", "gate.weight")):
+            if name.startswith("ngrams") or name.endswith(("attention.out.weight", "mlp.down.weight", "gate.weight")):
                 nn.init.zeros_(weight)
             elif name.startswith(("blocks", "pointer")):
                 nn.init.uniform_(weight, -bound, bound)
@@ -150,8 +152,8 @@ class GPT(nn.Module):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
         inputs = inputs.contiguous()  # as in scoring, and x0 is not x: each would make the compiler start again
         x = self.wte(inputs)
-        if self.bigrams is not None:
-            x = x + self.bigrams(hash_pairs(inputs))
+        for n, table in enumerate(self.ngrams, 2):
+            x = x + table(hash_ngrams(inputs, n))
         x = norm(x)
         x0 = x.view_as(x)
         for block, r, z in zip(self.blocks, self.residual_scales, self.x0_scales):
@@ -258,9 +260,13 @@ def shift(x):
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-def hash_pairs(inputs):
-    """A row of the bigram table for each token and the one before: int64 [B, T]."""
-    return (shift(inputs) * 36_313 + inputs * 27_191) % BIGRAMS
+def hash_ngrams(inputs, n):
+    """A row of a table of n-grams for each token and the n - 1 before: int64 [B, T]."""
+    key = torch.zeros_like(inputs)
+    for multiplier in (27_191, 36_313, 50_411)[:n]:
+        key = key + inputs * multiplier
+        inputs = shift(inputs)
+    return key % NGRAMS
 
 
 def rotate(x, cos, sin):
@@ -440,10 +446,19 @@ def adamw_update(weight, grad, mean, square, lr, beta1, beta2, eps, decay, step)
     weight.copy_(weight.float() * (1 - lr * decay) - mean / scale * (lr / (1 - beta1**step)))
 
 
+def rows_update(weight, grad, square, lr, beta2):
+    """RMSprop (Hinton 2012) on the rows that a sparse gradient has, in place: all other rows cost nothing."""
+    grad = grad.coalesce()
+    rows, grad = grad.indices()[0], grad.values().float()
+    square[rows] = squares = square[rows].lerp(grad.square(), 1 - beta2)
+    weight[rows] = (weight[rows].float() - lr * grad / (squares.sqrt() + ADAM_EPS)).to(weight.dtype)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """
-    Muon for the groups of kind "muon" (matrices of one shape, stepped together), AdamW for those of kind "adamw".
-    All state is float32: in bfloat16 a second moment would never change. `dtype` is what Muon multiplies in.
+    Muon for the groups of kind "muon" (matrices of one shape, stepped together), AdamW for those of kind "adamw",
+    RMSprop for "rows" (tables with sparse gradients). All state is float32: in bfloat16 a second moment would never
+    change. `dtype` is what Muon multiplies in.
     """
 
     def __init__(self, groups, dtype, compile=False):
@@ -463,9 +478,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 second_moments = torch.zeros(N, *((rows, 1) if rows >= cols else (1, cols)), device=first.device)
                 self.state[first] = {"momenta": momenta, "second_moments": second_moments}
             else:
+                names = ["square"] if group["kind"] == "rows" else ["mean", "square"]
                 for weight in group["params"]:
-                    zeros = torch.zeros_like(weight, dtype=torch.float32)
-                    self.state[weight] = {"mean": zeros, "square": zeros.clone()}
+                    self.state[weight] = {name: torch.zeros_like(weight, dtype=torch.float32) for name in names}
 
     @torch.no_grad()
     def step(self):
@@ -478,6 +493,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 grads = torch.stack([weight.grad for weight in group["params"]])
                 self.muon_update(weights, grads, *self.state[group["params"][0]].values(), **scalars, dtype=self.dtype)
                 torch._foreach_copy_(group["params"], list(weights.unbind()))
+            elif group["kind"] == "rows":
+                for weight in group["params"]:
+                    rows_update(weight, weight.grad, self.state[weight]["square"], group["lr"], group["betas"][1])
             else:
                 beta1, beta2 = map(torch.tensor, group["betas"])
                 scalars |= {"beta1": beta1, "beta2": beta2, "eps": torch.tensor(ADAM_EPS)}
@@ -493,18 +511,19 @@ def build_optimizer(model, dtype, compile=False):
         if name.startswith(("blocks", "pointer")) and "table" not in name:
             matrices.setdefault(weight.shape, []).append(weight)
     tables = [block.attention.table.weight for block in model.blocks if block.attention.table is not None]
-    bigrams = [] if model.bigrams is None else [model.bigrams.weight]
     scale = (MODEL_DIM / 768) ** -0.5
     # fmt: off
     groups = [
         dict(kind="adamw", params=[model.wte.weight],       lr=WTE_LR * scale,   decay=WTE_DECAY,   betas=ADAM_BETAS),
-        dict(kind="adamw", params=bigrams,                  lr=BIGRAM_LR * scale, decay=WTE_DECAY,   betas=ADAM_BETAS),
         dict(kind="adamw", params=tables,                   lr=VALUE_LR * scale, decay=VALUE_DECAY, betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.lm_head.weight],   lr=HEAD_LR * scale,  decay=HEAD_DECAY,  betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.residual_scales],  lr=RESIDUAL_LR,      decay=0.0,         betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.x0_scales],        lr=X0_LR,            decay=0.0,         betas=X0_BETAS),
     ]
     # fmt: on
+    for table, lr in zip(model.ngrams, NGRAM_LRS):
+        kind = "rows" if table.sparse else "adamw"
+        groups.append(dict(kind=kind, params=[table.weight], lr=lr * scale, decay=0.0, betas=ADAM_BETAS))
     groups += [dict(kind="muon", params=same, lr=MATRIX_LR, decay=MATRIX_DECAY) for same in matrices.values()]
     return MuonAdamW([group for group in groups if group["params"]], dtype, compile)
 

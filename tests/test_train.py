@@ -122,12 +122,17 @@ def test_pointer_against_a_naive_loop(small):
     assert torch.allclose(gained.sum(dim=-1), weights.sum(dim=-1), atol=1e-5)
 
 
-def test_pairs_are_of_a_token_and_the_one_before(small):
+@pytest.mark.parametrize("n", [2, 3])
+def test_ngrams_are_of_a_token_and_those_before(small, n):
     ids = torch.randint(4096, (4, 50))
-    pairs = train.hash_pairs(ids)
-    again = train.hash_pairs(torch.cat([torch.randint(4096, (4, 9)), ids], dim=1))
-    assert torch.equal(again[:, 10:], pairs[:, 1:]) and 0 <= pairs.min() and pairs.max() < train.BIGRAMS
-    assert len(pairs.unique()) > 150
+    rows = train.hash_ngrams(ids, n)
+    moved = train.hash_ngrams(torch.cat([torch.randint(4096, (4, 9)), ids], dim=1), n)
+    assert torch.equal(moved[:, 9 + n - 1 :], rows[:, n - 1 :]) and 0 <= rows.min() and rows.max() < train.NGRAMS
+    assert len(rows.unique()) > 150
+    for back in range(n):
+        other = ids.clone()
+        other[:, 20 - back] += 1
+        assert (train.hash_ngrams(other, n)[:, 20] != rows[:, 20]).all()
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance(small):
@@ -269,6 +274,24 @@ def test_second_moments_of_bfloat16_tables_move(small):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
     assert optimizer.state[weight]["square"][0, 0].item() == pytest.approx(1 - 0.995**3, rel=1e-4)
+
+
+def test_rows_that_were_used_are_updated_as_by_torch(small):
+    table = torch.nn.Embedding(12, 5, sparse=True)
+    reference = torch.nn.Parameter(table.weight.detach().clone())
+    optimizer = train.MuonAdamW([dict(kind="rows", params=[table.weight], lr=0.1, betas=(0.8, 0.95), decay=0.0)], None)
+    theirs = torch.optim.RMSprop([reference], lr=0.1, alpha=0.95, eps=train.ADAM_EPS)
+    factor = torch.randn(3, 9, 5)
+    for _ in range(5):
+        ids = torch.stack([torch.cat([torch.randperm(8), torch.randint(8, (1,))]) for _ in range(3)])  # never 8 to 11
+        table.zero_grad(set_to_none=True)
+        (table(ids) * factor).sum().backward()
+        reference.grad = table.weight.grad.to_dense()
+        optimizer.step()
+        theirs.step()
+        assert torch.allclose(table.weight, reference, atol=1e-6)
+    square = optimizer.state[table.weight]["square"]
+    assert not square[8:].any() and square[:8].all()
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 40), (2, 64, 16), (2, 16, 64), (1, 1, 8)])
