@@ -432,7 +432,7 @@ def test_the_best_of_many_runs(cells):  # noqa: F811
 def test_an_invented_row_and_an_improved_one(cells):  # noqa: F811
     ledger = NIGHT.replace("0.990000", "0.890000") + "fffffff\t0.900000\t1.0\tkeep\tinvented\n"
     found = cells(ledger, journal_of(NIGHT))
-    assert (7 + 1, "fffffff", "no run of this commit in the journal") in found["findings"]
+    assert (7 + 1, "fffffff", "no run of this commit in the journal of this machine") in found["findings"]
     assert (3, "bbbbbbb", "the ledger says 0.890000, its run scored 0.990000") in found["findings"]
 
 

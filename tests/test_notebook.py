@@ -88,7 +88,7 @@ def journal_of(ledger, **changes):
 def test_a_night(cells, capsys):
     found = cells(NIGHT, journal_of(NIGHT))
     kept = found["kept"]
-    assert found["noise"] == pytest.approx(0.003)
+    assert found["noise"] == pytest.approx(2 * math.sqrt((6e-6 + 2e-6) / 3))  # of aaaaaaa and eeeeeee
     assert list(kept.index) == ["aaaaaaa", "bbbbbbb", "eeeeeee"]
     assert list(kept["val_bpb"]) == pytest.approx([1.0, 0.99, 0.988])
     assert list(kept["gain"])[1:] == pytest.approx([0.01, 0.002])
@@ -173,7 +173,7 @@ def test_the_audit_finds_what_does_not_agree(cells, capsys):
         (1, "aaaaaaa", "prepare.py was not the one that prepared the benchmark"),
         (2, "aaaaaaa", "uncommitted changes"),
         (3, "bbbbbbb", "the ledger says 0.990000, its run scored 0.991000"),
-        (4, "ccccccc", "no run of this commit in the journal"),
+        (4, "ccccccc", "no run of this commit in the journal of this machine"),
         (6, "eeeeeee", "seed 7, which program.md does not name"),
         (7, "eeeeeee", "read scored rows (validation or holdout): 64"),
         (8, "eeeeeee", "a second row for one and the same run"),
@@ -284,6 +284,68 @@ def test_headless_and_in_a_terminal(trained):
         return text.split("----- prompt:")[0]
 
     assert before_samples(result.stdout) == before_samples(printed)
+
+
+def publish(folder, *results):
+    """A repository with the notes that program_swarm.md writes: (minute, agent, commit, status, val_bpb, device)."""
+    git = ["git", "-c", "user.name=Agent", "-c", "user.email=agent@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=folder, check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "start"], cwd=folder, check=True)
+    for minute, agent, commit, status, score, device in results:
+        line = f"time=2026-11-01T00:{minute:02}:00Z agent=test/{agent} row=1 commit={commit} parent=0000000"
+        line += (
+            f" status={status} val_bpb={score:.6f} memory_gb=1.0 benchmark=local-1 device={device} description=a = b"
+        )
+        subprocess.run([*git, "notes", "--ref=results", "append", "-m", line], cwd=folder, check=True)
+
+
+def test_several_agents(cells, tmp_path, capsys):
+    publish(
+        tmp_path,
+        (1, "ada", "aaaaaaa", "keep", 1.0, "cpu"),
+        (2, "bob", "aaaaaaa", "keep", 1.1, "cpu"),
+        (3, "ada", "bbbbbbb", "keep", 0.9, "cpu"),
+        (4, "bob", "ccccccc", "discard", 0.5, "cpu"),
+        (5, "bob", "ddddddd", "crash", 0.0, "cpu"),
+        (6, "bob", "bbbbbbb", "discard", 0.94, "cpu"),  # a second opinion: 0.92 is what it is worth
+        (7, "bob", "eeeeeee", "keep", 0.91, "cpu"),
+        (8, "eve", "fffffff", "keep", 0.1, "H100"),
+    )
+    found = cells(NIGHT)
+    shared = found["best_so_far"](found["comparable"])
+    assert list(shared["best"]) == pytest.approx([1.05, 0.92, 0.91]) and list(shared["runs"]) == [2, 2, 1]
+    bob = found["comparable"][found["comparable"]["agent"] == "test/bob"]
+    assert list(found["best_so_far"](bob)["best"]) == pytest.approx([1.1, 0.91])
+    text = capsys.readouterr().out
+    assert "left out, because scores do not compare: 1 runs of local-1 on H100" in text
+    assert "7 runs of 2 agents, local-1 on cpu; the frontier:" in text and "0.910000 1     eeeeeee test/bob" in text
+    assert (tmp_path / "agents.png").stat().st_size > 1000
+
+
+def test_notes_of_others_are_left_out(cells, tmp_path, capsys):
+    publish(tmp_path, (1, "ada", "aaaaaaa", "crash", 0.0, "cpu"))
+    git = [
+        "git",
+        "-c",
+        "user.name=Agent",
+        "-c",
+        "user.email=agent@example.org",
+        "notes",
+        "--ref=results",
+        "append",
+        "-m",
+    ]
+    subprocess.run([*git, "time=yesterday agent=x\n\nlooks good = to me"], cwd=tmp_path, check=True)
+    found = cells(NIGHT)
+    assert len(found["hub"]) == 1 and found["best_so_far"](found["hub"]).empty
+
+
+def test_a_wave_on_unequal_devices_is_named(cells, capsys):
+    rows = [f"aaaaaaa\t1.0\t1\tkeep\tbaseline [x-aaaaaaa-{n} on {d}]\n" for n, d in ((1, "NVIDIA A100"), (2, "cpu x2"))]
+    cells(HEADER + "".join(rows))
+    assert "runs on several devices, whose scores do not compare: NVIDIA A100, cpu x2" in capsys.readouterr().out
+    cells(HEADER + rows[0] + "bbbbbbb\t1.0\t1\tkeep\tmore (see [3] on top)\n")
+    assert "several devices" not in capsys.readouterr().out
 
 
 def test_noise_is_unknown_with_one_baseline(cells):
