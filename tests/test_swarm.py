@@ -1,0 +1,349 @@
+"""
+The shell lines of program_swarm.md, run as they stand: a wave of real trainings on a real Ray cluster of two nodes, and
+scripted agents that share a bare repository.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, TEXT, Agent, new_repository, shell_blocks
+from test_program import LINES as PROGRAM
+
+import prepare
+
+pytestmark = pytest.mark.cluster
+WAVE = ["cluster", "worktree", "try", "submit", "collect", "compare", "rows", "keep", "clean", "missing"]
+HUB = ["join", "exchange", "frontier", "on top", "word", "latest", "say", "adopt"]
+LINES = {**PROGRAM, **shell_blocks("program_swarm.md", WAVE + HUB)}
+EXAM = "local-T64-V512-3s-00000000"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A wave
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [str(one.getsockname()[1]) for one in sockets]
+
+
+@pytest.fixture
+def cluster(environment, prepared):
+    """Two nodes of one CPU, each with a home of its own, as two machines have. Yields the second one and its home."""
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    (prepare.HOME / "current").write_text(prepared)
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets have short paths
+    port, dashboard, *agents = free_ports(4)
+    shared = ["--num-cpus=1", "--disable-usage-stats", "--block", f"--temp-dir={folder}"]
+    head = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
+    other = [f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.1", '--resources={"second": 1}']
+    environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    nodes = []
+
+    def start(words, home, agent_port):
+        command = [Path(sys.executable).parent / "ray", "start", *words, *shared]
+        command += [f"--dashboard-agent-listen-port={agent_port}"]
+        log = open(folder / f"node{len(nodes)}.log", "w")
+        here = environment | {"AUTORESEARCH_HOME": str(home)}
+        nodes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
+
+    start(head, prepare.HOME, agents[0])
+    wait_for(lambda: "Ray runtime started" in (folder / "node0.log").read_text(), 60)
+    start(other, folder / "home", agents[1])
+    wait_for(lambda: "Ray runtime started" in (folder / "node1.log").read_text(), 60)
+    yield nodes[1], folder / "home"
+    for node in reversed(nodes):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGTERM)
+        node.wait(30)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(condition, seconds):
+    for _ in range(seconds * 5):
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    raise AssertionError("waited in vain")
+
+
+def test_a_wave(cluster, environment, tmp_path, prepared):
+    """Four experiments, two at a time: the baseline, a gain, a crash, and one that loses its node and runs again."""
+    second, second_home = cluster
+    agent = Agent(new_repository(tmp_path / "clone", environment), environment, LINES)
+    weak = ("MATRIX_LR", "WTE_LR", "VALUE_LR", "HEAD_LR")
+    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in weak])
+    agent.git("commit", "-qam", "weak")
+    agent.sh("cluster")
+    agent.sh("branch", tag="wave")
+    start = agent.head()
+    ideas = {
+        "good": [(rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in weak],
+        "slip": [(r"^def norm\(x\):", "def norm(x:")],
+        "slow": [(r"^    clock.start\(\)", "    print('waiting', flush=True)\n    time.sleep(10)\n    clock.start()")],
+    }
+    tried = {"base": start}
+    agent.sh("worktree", name="base")
+    for name, edits in ideas.items():
+        agent.sh("worktree", name=name)
+        agent.edit(*edits, file=f"wave/{name}/train.py")
+        agent.sh("try", name=name, idea=f"the {name} one", prediction="0")
+        tried[name] = agent.git("-C", f"wave/{name}", "rev-parse", "--short=7", "HEAD").strip()
+    assert sorted(line.split()[0] for line in agent.sh("missing").splitlines()) == sorted(tried[name] for name in ideas)
+    with_arguments = {"tag": "wave", "limit": 60, "arguments": shlex.join(["--text", *TEXT, *SMALL])}
+    slot = "--entrypoint-num-cpus 1"
+    agent.sh(
+        "submit", names="slow", seeds=1, slot=slot + """ --entrypoint-resources '{"second": 1}'""", **with_arguments
+    )
+    agent.sh("submit", names="base good slip", seeds=1, slot=slot, **with_arguments)
+
+    def jobs():
+        with urllib.request.urlopen(environment["RAY_API_SERVER_ADDRESS"] + "/api/jobs/") as answer:
+            return {job["submission_id"]: job["status"] for job in json.load(answer) if job["submission_id"]}
+
+    def log(job):
+        with urllib.request.urlopen(environment["RAY_API_SERVER_ADDRESS"] + f"/api/jobs/{job}/logs") as answer:
+            return json.load(answer)["logs"]
+
+    slow = f"wave-{tried['slow']}-1"
+    wait_for(lambda: jobs()[slow] == "RUNNING" and "waiting" in log(slow), 120)
+    assert list(jobs().values()).count("RUNNING") == 2
+    assert (second_home / "current").read_text() == prepared  # prepared there by the job
+    os.killpg(second.pid, signal.SIGKILL)
+    wait_for(lambda: not {"PENDING", "RUNNING"} & set(jobs().values()), 120)
+    lines = [line.split("\t") for line in agent.sh("collect", tag="wave").splitlines() if line.startswith("wave-")]
+    assert {line[0]: line[2] for line in lines} == {
+        slow: "no exit code",
+        f"wave-{tried['base']}-1": "exit 0",
+        f"wave-{tried['good']}-1": "exit 0",
+        f"wave-{tried['slip']}-1": "exit 1",
+    }
+    agent.sh("submit", check=False, names="slow", seeds=1, slot=slot, **with_arguments)
+    assert len(jobs()) == 4  # the same id does not run twice
+    agent.sh("submit", names="slow", seeds="1-2", slot=slot, **with_arguments)
+    wait_for(lambda: jobs()[slow + "-2"] == "SUCCEEDED", 120)
+    agent.sh("collect", tag="wave")
+    assert "SyntaxError" in (agent.folder / "wave" / f"wave-{tried['slip']}-1.log").read_text()
+
+    gains = {line.split()[1]: float(line.split()[0]) for line in agent.sh("compare", tag="wave").splitlines()}
+    for status, which in (("keep", tried["base"]), ("keep", tried["good"]), ("discard", "*"), ("discard", "*")):
+        agent.sh("rows", tag="wave", hash=which, status=status)
+    rows = {row[0]: row for row in agent.rows()[1:]}
+    assert len(rows) == len(agent.rows()) - 1 == 4
+    assert {name: rows[commit][3] for name, commit in tried.items()} == {
+        "base": "keep",
+        "good": "keep",
+        "slip": "crash",
+        "slow": "discard",
+    }
+    device = prepare.device_name(torch.device("cpu"))
+    assert rows[start][4] == f"baseline [wave-{start}-1 on {device}]"
+    assert rows[tried["slow"]][4] == f"the slow one; expect 0 [{slow}-2 on {device}]"
+    assert rows[tried["slip"]][1:3] == ["0.000000", "0.0"] and rows[tried["slip"]][4].endswith("-1 on unknown]")
+    scores = {name: float(rows[commit][1]) for name, commit in tried.items()}
+    assert gains == pytest.approx(
+        {tried[name]: scores["base"] - scores[name] for name in ("base", "good", "slow")}, abs=2e-6
+    )
+    assert gains[tried["good"]] > 0
+    recorded = {
+        (run["commit"][:7], f"{run['val_bpb']:.6f}", run["dirty"])
+        for run in prepare.read_journal(prepare.HOME / prepared)
+    }
+    assert recorded >= {(tried[name], rows[tried[name]][1], False) for name in ("base", "good", "slow")}
+
+    agent.sh("keep", hash=tried["good"])
+    for name in tried:
+        agent.sh("clean", name=name)
+    assert agent.head() == tried["good"] and agent.sh("missing") == ""
+    assert agent.git("status", "--porcelain") == "" and len(agent.git("worktree", "list").splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+class Scripted(Agent):
+    """Tries what it is told to; the scores are made up, so no training runs."""
+
+    def __init__(self, name, folder, environment, device="cpu x86_64 x2"):
+        super().__init__(folder, environment, LINES)
+        self.name, self.device = name, device
+        self.me = {"tag": "test", "agent": name}
+
+    def experiment(self, idea, score, status, repeat=False):
+        """Steps 3 to 7 of program.md, and the exchange."""
+        if not repeat:
+            self.edit((r"\Z", f"# {idea}\n"))
+            self.sh("commit", idea=idea, prediction="0")
+        log = f"val_bpb:          {score:.6f}\npeak_vram_mb:     1024.0\n" if score else "Traceback\n"
+        (self.folder / "run.log").write_text(log)
+        commit = self.head()
+        self.sh("row", status=status, description=idea)
+        if status != "keep":
+            self.sh("reset")
+        self.exchange()
+        return commit
+
+    def exchange(self):
+        self.sh("exchange", **self.me)
+
+
+@pytest.fixture
+def hub(tmp_path, environment):
+    """A bare repository with a main branch; call it to get a new agent with a clone."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "current").write_text(EXAM)
+    environment = environment | {"AUTORESEARCH_HOME": str(home)}
+    bare = tmp_path / "hub.git"
+    seed = new_repository(tmp_path / "main", environment)
+    subprocess.run(["git", "commit", "-q", "--allow-empty", "-m", "second"], cwd=seed, env=environment, check=True)
+    subprocess.run(["git", "clone", "-q", "--bare", seed, bare], check=True)
+
+    def join(name, device="cpu x86_64 x2"):
+        subprocess.run(["git", "clone", "-q", bare, tmp_path / name], check=True)
+        agent = Scripted(name, tmp_path / name, environment, device)
+        agent.sh("join", url=bare, **agent.me)
+        agent.git("config", "autoresearch.device", device.replace(" ", "_"))
+        return agent
+
+    join.git = lambda *words: subprocess.check_output(["git", *words], cwd=bare, text=True).strip()
+    return join
+
+
+def published(hub):
+    """Every line of the notes `results` in the hub, as a dict of its keys."""
+    lines = filter(None, hub.git("grep", "-h", "", "refs/notes/results").splitlines())
+    parts = (line.partition(" description=") for line in lines)
+    results = [dict(word.split("=", 1) for word in keys.split()) | {"description": rest} for keys, _, rest in parts]
+    return sorted(results, key=lambda result: (result["agent"], int(result["row"])))
+
+
+def frontier(results, device):
+    """What the block `frontier` shall print, by brute force: (mean, runs, commit)."""
+    scores = {}
+    for result in results:
+        if (result["benchmark"], result["device"]) == (EXAM, device) and float(result["val_bpb"]):
+            scores.setdefault(result["commit"], []).append(float(result["val_bpb"]))
+    kept = {r["commit"] for r in results if r["status"] == "keep"} & set(scores)
+    best = sorted((sum(scores[c]) / len(scores[c]), len(scores[c]), c) for c in kept)
+    return [(f"{mean:.6f}", str(runs), commit) for mean, runs, commit in best[:5]]
+
+
+def test_three_agents_share_a_hub(hub):
+    """20 results each, pushed at once: none is lost or doubled, and every commit can be fetched."""
+    agents = [hub("ada"), hub("bob"), hub("eve", "NVIDIA H100 80GB HBM3")]
+    said = []
+
+    def night(agent, start):
+        agent.best = agent.experiment("baseline, seed 1", start, "keep", repeat=True)
+        for n in range(2, 21):
+            score = 0 if n % 7 == 0 else round(start + (-1) ** n * n / 1000, 6)
+            status = "crash" if not score else "keep" if score < start else "discard"
+            commit = agent.experiment(f"idea {n} of {agent.name}: a = b", score, status)
+            agent.best = commit if status == "keep" else agent.best
+            if n % 10 == 0:
+                agent.sh("say", message=f"{n} done", **agent.me)
+                said.append(f"agent=test/{agent.name} {n} done")
+
+    threads = [threading.Thread(target=night, args=job) for job in zip(agents, (1.0, 1.01, 0.5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for agent in agents * 2:  # what gave up after ten attempts, if any, and what others pushed last
+        agent.exchange()
+
+    results = published(hub)
+    owners = [(result["agent"], int(result["row"])) for result in results]
+    assert owners == [(f"test/{agent.name}", row) for agent in agents for row in range(1, 21)]
+    for agent in agents:
+        mine = {int(result["row"]): result for result in results if result["agent"] == f"test/{agent.name}"}
+        for number, row in enumerate(agent.rows()[1:], 1):
+            assert [mine[number][k] for k in ("commit", "val_bpb", "memory_gb", "status", "description")] == row
+            assert mine[number]["device"] == agent.device.replace(" ", "_")
+        pushed = hub.git("rev-parse", "--short=7", f"autoresearch/test/{agent.name}")
+        assert pushed == agent.best == agent.head()
+    for result in results:
+        assert hub.git("rev-parse", "--short=7", f"{result['commit']}^") == result["parent"]
+
+    # what the agents see of it
+    for agent in agents:
+        shown = [tuple(line.split()[:3]) for line in agent.sh("frontier").splitlines()]
+        assert shown == frontier(results, agent.device.replace(" ", "_")) and len(shown) == 5
+    ada, bob, _ = agents
+    on_top = ada.sh("on top", hash=bob.best).splitlines()
+    assert len(on_top) == sum(result["parent"] == bob.best for result in results) > 0
+    assert len(ada.sh("word", word="IDEA 7 of").splitlines()) == 3
+    latest = ada.sh("latest").splitlines()
+    assert len(latest) == 20 and latest == sorted(latest)
+    board = hub.git("grep", "-h", "^time", "refs/notes/board").splitlines()
+    assert sorted(line.split(" ", 1)[1] for line in board) == sorted(said)
+
+
+def test_an_agent_comes_back_from_nothing(hub):
+    ada = hub("ada")
+    ada.experiment("baseline, seed 1", 1.0, "keep", repeat=True)
+    ada.experiment("baseline, seed 2", 1.1, "keep", repeat=True)
+    best = ada.experiment("deeper, expected -0.1", 0.9, "keep")
+    lost = ada.experiment("a typo", 0, "crash")
+    ledger = (ada.folder / "results.tsv").read_text()
+    shutil.rmtree(ada.folder)
+
+    ada = hub("ada")
+    assert (ada.folder / "results.tsv").read_text() == ledger
+    assert ada.head() == best and ada.git("branch", "--show-current").strip() == "autoresearch/test/ada"
+    assert "a typo" in ada.git("log", "-1", "--format=%s", f"refs/tries/{lost}")
+    ada.experiment("wider", 0.95, "discard")
+    assert [result["row"] for result in published(hub)] == [str(n) for n in range(1, 6)]
+
+
+def test_build_on_the_best_of_another(hub):
+    ada, bob = hub("ada"), hub("bob")
+    ada.experiment("baseline", 1.0, "keep", repeat=True)
+    best = ada.experiment("deeper", 0.8, "keep")
+    bob.experiment("baseline", 1.0, "keep", repeat=True)
+    own = bob.experiment("wider", 0.9, "keep")
+    assert bob.sh("frontier").split()[2] == best
+    bob.sh("adopt", hash=best)
+    assert bob.experiment("adopted from ada", 0.82, "keep", repeat=True) == best == bob.head()
+    assert hub.git("rev-parse", "--short=7", "autoresearch/test/bob") == best
+    assert hub.git("rev-parse", "--short=7", f"refs/tries/{own}") == own
+    assert bob.sh("frontier").splitlines()[0].startswith(f"0.810000 2 {best}")
+
+    ada.exchange()
+    ada.sh("adopt", hash=own)  # which is worse: back to the last keep
+    ada.experiment("adopted from bob", 0.91, "discard", repeat=True)
+    assert ada.head() == best
+
+
+def test_without_network_nothing_is_lost(hub, tmp_path):
+    ada = hub("ada")
+    ada.experiment("baseline", 1.0, "keep", repeat=True)
+    url = ada.git("remote", "get-url", "hub").strip()
+    ada.git("remote", "set-url", "hub", str(tmp_path / "nowhere"))
+    ada.environment = ada.environment | {"PATH": f"{tmp_path / 'fast'}:{ada.environment['PATH']}"}
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "fast" / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "fast" / "sleep").chmod(0o755)
+    commit = ada.experiment("deeper", 0.9, "keep")
+    assert len(published(hub)) == 1
+    ada.git("remote", "set-url", "hub", url)
+    ada.exchange()
+    assert [result["commit"] for result in published(hub)][1:] == [commit]
