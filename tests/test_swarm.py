@@ -6,6 +6,7 @@ scripted agents that share a bare repository.
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,6 +18,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -108,10 +110,10 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     assert sorted(line.split()[0] for line in agent.sh("missing").splitlines()) == sorted(tried[name] for name in ideas)
     with_arguments = {"tag": "wave", "limit": 60, "arguments": shlex.join(["--text", *TEXT, *SMALL])}
     slot = "--entrypoint-num-cpus 1"
-    agent.sh(
-        "submit", names="slow", seeds=1, slot=slot + """ --entrypoint-resources '{"second": 1}'""", **with_arguments
-    )
-    agent.sh("submit", names="base good slip", seeds=1, slot=slot, **with_arguments)
+    second_only = slot + """ --entrypoint-resources '{"second": 1}'"""
+    agent.sh("submit", runs="slow:1", slot=second_only, **with_arguments)
+    submitted = agent.sh("submit", runs="base:1 good:1 slip:1", slot=slot, **with_arguments)
+    assert submitted == "".join(f"wave-{tried[name]}-1 submitted\n" for name in ("base", "good", "slip"))
 
     def jobs():
         with urllib.request.urlopen(environment["RAY_API_SERVER_ADDRESS"] + "/api/jobs/") as answer:
@@ -127,21 +129,27 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     assert (second_home / "current").read_text() == prepared  # prepared there by the job
     os.killpg(second.pid, signal.SIGKILL)
     wait_for(lambda: not {"PENDING", "RUNNING"} & set(jobs().values()), 120)
-    lines = [line.split("\t") for line in agent.sh("collect", tag="wave").splitlines() if line.startswith("wave-")]
-    assert {line[0]: line[2] for line in lines} == {
-        slow: "no exit code",
+    assert dict(line.split(" ", 1) for line in agent.sh("collect", tag="wave").splitlines() if "wave-" in line) == {
+        slow: "lost",
         f"wave-{tried['base']}-1": "exit 0",
         f"wave-{tried['good']}-1": "exit 0",
         f"wave-{tried['slip']}-1": "exit 1",
     }
-    agent.sh("submit", check=False, names="slow", seeds=1, slot=slot, **with_arguments)
-    assert len(jobs()) == 4  # the same id does not run twice
-    agent.sh("submit", names="slow", seeds="1-2", slot=slot, **with_arguments)
-    wait_for(lambda: jobs()[slow + "-2"] == "SUCCEEDED", 120)
-    agent.sh("collect", tag="wave")
+    again = agent.sh("submit", runs="slow:1", slot=slot, **with_arguments)
+    assert "not submitted" in again and "already exists" in again and len(jobs()) == 4  # the same id does not run twice
+    holder = prepare.lock_device(torch.device("cpu"))[0]  # somebody else trains on the first node
+    agent.sh("submit", runs="slow:1-2", slot=slot, **with_arguments)
+    wait_for(lambda: jobs()[slow + "-2"] == "FAILED", 120)
+    holder.release()
+    assert f"{slow}-2 lost\n" in agent.sh("collect", tag="wave")
+    agent.sh("submit", runs="slow:1-3", slot=slot, **with_arguments)
+    wait_for(lambda: jobs()[slow + "-3"] == "SUCCEEDED", 120)
+    assert f"{slow}-3 exit 0\n" in agent.sh("collect", tag="wave")
+    assert "wave-" not in agent.sh("collect", tag="wave")
     assert "SyntaxError" in (agent.folder / "wave" / f"wave-{tried['slip']}-1.log").read_text()
 
-    gains = {line.split()[1]: float(line.split()[0]) for line in agent.sh("compare", tag="wave").splitlines()}
+    compared = re.findall(r"^(\w{7})  seed 1 ([+-][\d.]+) \((\d+) steps\)$", agent.sh("compare", tag="wave"), re.M)
+    gains = {commit: float(gain) for commit, gain, _ in compared}
     for status, which in (("keep", tried["base"]), ("keep", tried["good"]), ("discard", "*"), ("discard", "*")):
         agent.sh("rows", tag="wave", hash=which, status=status)
     rows = {row[0]: row for row in agent.rows()[1:]}
@@ -153,8 +161,8 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
         "slow": "discard",
     }
     device = prepare.device_name(torch.device("cpu"))
-    assert rows[start][4] == f"baseline [wave-{start}-1 on {device}]"
-    assert rows[tried["slow"]][4] == f"the slow one; expect 0 [{slow}-2 on {device}]"
+    assert re.fullmatch(rf"baseline, \d+ steps \[wave-{start}-1 on {device}\]", rows[start][4])
+    assert re.fullmatch(rf"the slow one; expect 0, \d+ steps \[{slow}-3 on {device}\]", rows[tried["slow"]][4])
     assert rows[tried["slip"]][1:3] == ["0.000000", "0.0"] and rows[tried["slip"]][4].endswith("-1 on unknown]")
     scores = {name: float(rows[commit][1]) for name, commit in tried.items()}
     assert gains == pytest.approx(
@@ -172,6 +180,32 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
         agent.sh("clean", name=name)
     assert agent.head() == tried["good"] and agent.sh("missing") == ""
     assert agent.git("status", "--porcelain") == "" and len(agent.git("worktree", "list").splitlines()) == 1
+
+
+def test_gains_of_a_wave(tmp_path, environment):
+    """Seed by seed against the last keep, on the same device and benchmark only; later attempts count as their seed."""
+    agent = Agent(new_repository(tmp_path / "clone", environment), environment, LINES)
+    (agent.folder / "wave").mkdir()
+    kept = agent.head()
+
+    def log(run, score, device="H100", exam=EXAM):
+        summary = f"benchmark: x\nval_bpb: {score}\nnum_steps: 90\ndevice: {device}\nbenchmark: {exam}\n"
+        (agent.folder / "wave" / f"my-night-{run}.log").write_text(summary if score else "benchmark: x\nTraceback\n")
+
+    for run, score in {f"{kept}-1": 1.0, f"{kept}-2": 1.1, f"{kept}-3": 1.2, "aaaaaaa-1": 0.7}.items():
+        log(run, score)
+    for run, score in {"aaaaaaa-2-2": 1.05, "aaaaaaa-3": 1.11, "bbbbbbb-1": None, "bbbbbbb-2": 1.3}.items():
+        log(run, score)
+    log("ccccccc-1", 0.1, device="A100")
+    log("ddddddd-1", 0.1, exam="another")
+    floor, *lines = sorted(agent.sh("compare", tag="my-night").splitlines(), reverse=True)
+    spread = [x - mean(runs) for runs in ((1.0, 1.1, 1.2), (0.7, 1.05, 1.11)) for x in runs]
+    assert floor == f"noise floor {2 * (sum(x * x for x in spread) / 4) ** 0.5:.6f}"
+    found = {line[:7]: line[7:] for line in lines}
+    assert set(found) == {kept, "aaaaaaa", "bbbbbbb"}
+    assert found["bbbbbbb"] == "  seed 2 -0.200000 (90 steps)  mean without seed 1 -0.200000"
+    for part in ("seed 1 +0.300000", "seed 2 +0.050000", "seed 3 +0.090000", "mean without seed 1 +0.070000"):
+        assert part in found["aaaaaaa"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
