@@ -348,6 +348,16 @@ def test_an_agent_comes_back_from_nothing(hub):
     assert [result["row"] for result in published(hub)] == [str(n) for n in range(1, 6)]
 
 
+def test_rows_of_a_wave_carry_the_device_of_their_node(hub):
+    ada = hub("ada")
+    commit = ada.head()
+    with open(ada.folder / "results.tsv", "a") as ledger:
+        ledger.write(f"{commit}\t0.9\t1.0\tkeep\tdeeper, 9 steps [test-{commit}-1 on NVIDIA A100 80GB]\n")
+        ledger.write(f"{commit}\t0.9\t1.0\tkeep\tacts on [all]\n")
+    ada.exchange()
+    assert [result["device"] for result in published(hub)] == ["NVIDIA_A100_80GB", "cpu_x86_64_x2"]
+
+
 def test_build_on_the_best_of_another(hub):
     ada, bob = hub("ada"), hub("bob")
     ada.experiment("baseline", 1.0, "keep", repeat=True)
