@@ -174,6 +174,9 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """torch.compile per block: blocks of one shape share their code, so that it takes a fraction of the time."""
+        from torch._inductor.cpu_vec_isa import VecISA
+
+        VecISA.check_build = lambda isa, code: True  # every run would try the compiler, 1.7 s an instruction set
         torch._dynamo.config.recompile_limit = 64  # one for every kind of block
         for block in self.blocks:
             block.compile(dynamic=False)
@@ -633,14 +636,6 @@ def check_loss(loss, step, progress):
         raise SystemExit(f"stopped at step {step}: the loss is {loss} (MATRIX_LR now {rate:.4g}); lower the rates")
 
 
-def trust_compiler():
-    """torch tries in every run whether code for each instruction set of the CPU compiles and loads, 1.7 s each."""
-    if COMPILE:
-        from torch._inductor.cpu_vec_isa import VecISA
-
-        VecISA.check_build = lambda isa, code: True
-
-
 def keep_freed_memory():
     """glibc hands freed blocks of megabytes back to the system; to get them anew costs 9,000 page faults a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -664,7 +659,6 @@ def main():
     clock = TrainingClock(benchmark, device)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))  # the second run compiles nothing
     torch.set_float32_matmul_precision("high")
-    trust_compiler()
     keep_freed_memory()
     dtype = choose_dtype(device)
     BACK_END = choose_attention(device, dtype)

@@ -31,7 +31,6 @@ def segment(plain):
     torch.set_float32_matmul_precision("high")
     train.COMPILE = train.COMPILE and not plain and device.type != "mps"
     if not plain:
-        train.trust_compiler()
         train.keep_freed_memory()
     dtype = torch.float32 if plain else train.choose_dtype(device)
     train.BACK_END = train.sdpa if plain else train.choose_attention(device, dtype)
