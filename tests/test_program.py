@@ -18,6 +18,7 @@ import prepare
 NAMES = ["exam", "branch", "digest", "commit", "run", "read", "row", "reset", "fetch", "where"]
 LINES = shell_blocks("program.md", NAMES)
 WEAK = ("MATRIX_LR", "WTE_LR", "VALUE_LR", "HEAD_LR")  # rates that the baseline of these tests has too low
+UNHURRIED = (r"^OVERTIME .*", "OVERTIME = -0.5")  # stops in the middle of the budget: a busy machine is no failure
 
 
 class Researcher(Agent):
@@ -63,7 +64,7 @@ def agent(prepared, tmp_path, environment):
     """A researcher in a fresh repository, with an exam of 3 seconds and a train.py that leaves room for a gain."""
     (prepare.HOME / "current").write_text(prepared)
     agent = Researcher(new_repository(tmp_path / "clone", environment), environment, LINES)
-    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK])
+    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK], UNHURRIED)
     agent.git("commit", "-qam", "weak")
     return agent
 

@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import SMALL, TEXT, Agent, new_repository, shell_blocks
 from test_program import LINES as PROGRAM
+from test_program import UNHURRIED
 
 import prepare
 
@@ -90,7 +91,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     second, second_home = cluster
     agent = Agent(new_repository(tmp_path / "clone", environment), environment, LINES)
     weak = ("MATRIX_LR", "WTE_LR", "VALUE_LR", "HEAD_LR")
-    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in weak])
+    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in weak], UNHURRIED)
     agent.git("commit", "-qam", "weak")
     agent.sh("cluster")
     agent.sh("branch", tag="wave")
@@ -129,12 +130,13 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     assert (second_home / "current").read_text() == prepared  # prepared there by the job
     os.killpg(second.pid, signal.SIGKILL)
     wait_for(lambda: not {"PENDING", "RUNNING"} & set(jobs().values()), 120)
-    assert dict(line.split(" ", 1) for line in agent.sh("collect", tag="wave").splitlines() if "wave-" in line) == {
+    ended = dict(line.split(" ", 1) for line in agent.sh("collect", tag="wave").splitlines() if "wave-" in line)
+    assert ended == {
         slow: "lost",
         f"wave-{tried['base']}-1": "exit 0",
         f"wave-{tried['good']}-1": "exit 0",
         f"wave-{tried['slip']}-1": "exit 1",
-    }
+    }, "\n".join(path.read_text()[-500:] for path in agent.folder.glob("wave/*.log"))
     again = agent.sh("submit", runs="slow:1", slot=slot, **with_arguments)
     assert "not submitted" in again and "already exists" in again and len(jobs()) == 4  # the same id does not run twice
     holder = prepare.lock_device(torch.device("cpu"))[0]  # somebody else trains on the first node
