@@ -120,7 +120,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(vocab_size, MODEL_DIM, dtype=dtype)
         self.ngrams = nn.ModuleList(nn.Embedding(NGRAMS, MODEL_DIM, dtype=dtype) for _ in NGRAM_LRS if NGRAMS)
         for table in self.ngrams:
-            table.sparse = table.weight.is_cpu  # gradients of the rows that were used: other devices are slow at that
+            table.sparse = table.weight.is_cpu  # gradients of the rows that were used; untried elsewhere
         self.blocks = nn.ModuleList(
             Block(window, has_values=layer % 2 == (DEPTH - 1) % 2, vocab_size=vocab_size, dtype=dtype)
             for layer, window in enumerate(self.windows)
@@ -682,7 +682,7 @@ def main():
         try:
             if COMPILE:
                 model.compile_parts()
-            compile_optimizer = COMPILE and device.type == "cuda"  # on a CPU as fast without, 10 s less of warm-up
+            compile_optimizer = COMPILE and device.type == "cuda"  # no clear gain on a CPU, and more to compile
             optimizer = build_optimizer(model, dtype, compile_optimizer)
             scoring_rows = prepare.scoring_rows(benchmark, rows)
             step_seconds = warm_up(model, optimizer, tokens[:, :-1], tokens[:, 1:], accumulation, scoring_rows)

@@ -24,7 +24,7 @@ import pytest
 import torch
 from conftest import SMALL, TEXT, Agent, new_repository, shell_blocks
 from test_program import LINES as PROGRAM
-from test_program import UNHURRIED
+from test_program import UNHURRIED, WEAK
 
 import prepare
 
@@ -90,14 +90,13 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     """Four experiments, two at a time: the baseline, a gain, a crash, and one that loses its node and runs again."""
     second, second_home = cluster
     agent = Agent(new_repository(tmp_path / "clone", environment), environment, LINES)
-    weak = ("MATRIX_LR", "WTE_LR", "VALUE_LR", "HEAD_LR")
-    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in weak], UNHURRIED)
+    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK], UNHURRIED)
     agent.git("commit", "-qam", "weak")
     agent.sh("cluster")
     agent.sh("branch", tag="wave")
     start = agent.head()
     ideas = {
-        "good": [(rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in weak],
+        "good": [(rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK],
         "slip": [(r"^def norm\(x\):", "def norm(x:")],
         "slow": [(r"^    clock.start\(\)", "    print('waiting', flush=True)\n    time.sleep(10)\n    clock.start()")],
     }
