@@ -50,7 +50,8 @@ MLP_RATIO         = 4                            # hidden width of the MLP / D
 GATE_CHANNELS     = 32                           # channels of x that drive the value gates
 NGRAMS            = Per(gpu=0,     small=2**16)  # rows in each table of hashed n-grams: a pair of tokens, three
 INDUCTION         = Per(gpu=False, small=True)   # half the heads look for what each earlier token followed
-POINTER           = Per(gpu=False, small=True)   # copies tokens of the row to the logits
+POINTER           = Per(gpu=False, small=True)   # some tokens are copied from the row
+POINTER_ODDS      = -2.0                         # log of the odds of that, at first
 ROPE_BASE         = 200_000
 QK_SCALE          = 1.15                         # on normalised queries and keys; without it attention is too diffuse
 LOGIT_CAP         = Per(gpu=15.0,  small=None)   # None: no cap, which gave a third more steps on a CPU
@@ -162,15 +163,28 @@ class GPT(nn.Module):
 
     def logits(self, x, inputs):
         x = norm(x)
-        logits = self.lm_head(x).float()
-        if LOGIT_CAP:
-            logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
-        if self.pointer is not None:
-            logits = logits.scatter_add(-1, inputs[:, None].expand(-1, x.size(1), -1), self.pointer(x))
-        return logits
+        logits = cap(self.lm_head(x).float())
+        if self.pointer is None:
+            return logits
+        logits = logits.log_softmax(-1)
+        weights, odds = self.pointer(x)
+        same = inputs[:, :, None] == inputs[:, None]
+        copied = log(weights @ same.float()) + odds
+        places = inputs[:, None].expand_as(copied)
+        generated = logits.gather(-1, places)
+        first = ~same.tril(-1).any(-1)[:, None] & torch.ones_like(same[0]).tril()  # of each token, up to here
+        return logits.scatter_add(-1, places, (torch.logaddexp(generated, copied) - generated).where(first, 0))
 
     def loss(self, x, inputs, targets):
-        return F.cross_entropy(self.logits(x, inputs).flatten(0, 1), targets.flatten())
+        """The mean cross-entropy of `logits`, which are never held whole in float32."""
+        x = norm(x)
+        likelihood = HeadLikelihood.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten()).view(targets.shape)
+        if self.pointer is not None:
+            weights, odds = self.pointer(x)
+            odds = odds[..., 0]
+            copied = log((weights * (inputs[:, None] == targets[..., None])).sum(-1))
+            likelihood = F.logsigmoid(-odds) + torch.logaddexp(likelihood, copied + odds)
+        return -likelihood.mean()
 
     def compile_parts(self):
         """torch.compile per block: blocks of one shape share their code, so that it takes a fraction of the time."""
@@ -181,6 +195,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # their code is in its keys
 
     def flops_per_token(self):
         """Of a forward and backward pass: 6 per matrix weight, and attention over what each window lets through."""
@@ -240,9 +255,10 @@ class MLP(nn.Module):
 
 class Pointer(nn.Module):
     """
-    To every logit, how similar the state before an earlier occurrence of its token was: the row's own continuations.
+    Copies the next token from the row, from where the state before it was similar to the present one.
 
-    After pointer networks (Vinyals et al. 2015, arXiv 1506.03134); takes states [B, T, D], gives weights [B, T, T].
+    Of states [B, T, D] it makes weights over the row's tokens, [B, T, T], and the log of the odds that the token is a
+    copy, [B, T, 1]. After pointer sentinel mixtures (Merity et al. 2016, arXiv 1609.07843).
     """
 
     def __init__(self):
@@ -255,7 +271,48 @@ class Pointer(nn.Module):
         k = shift(q)  # the state before a token, which is compared with the present one
         scores = (q @ k.mT).float() / math.sqrt(MODEL_DIM)
         future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-        return scores.masked_fill(future, -math.inf).softmax(dim=-1) * (1 + self.gate(x).float())
+        return scores.masked_fill(future, -math.inf).softmax(dim=-1), self.gate(x).float() + POINTER_ODDS
+
+
+class HeadLikelihood(torch.autograd.Function):
+    """
+    Log-likelihoods of targets [N] under softmax(cap(x @ weight.T)), x [N, D], weight [V, D]: float32 [N].
+
+    The forward pass keeps the gradient of the logits, but for a factor, in the precision of x: one exponential a logit.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        weight, targets = weight.to(x.dtype), targets[:, None]
+        logits = x @ weight.T
+        target = cap(logits.gather(1, targets).float())
+        logits = cap(logits.float())
+        top = logits.amax(dim=1, keepdim=True)
+        likelihoods = (logits - top).exp()
+        total = likelihoods.sum(dim=1, keepdim=True)
+        errors = (likelihoods * slope(logits)).to(x.dtype)
+        errors = errors.scatter(1, targets, (((target - top).exp() - total) * slope(target)).to(x.dtype))
+        ctx.save_for_backward(x, weight, errors, total)
+        return (target - top - total.log())[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, errors, total = ctx.saved_tensors
+        factor = -grad[:, None] / total
+        return (errors @ weight * factor).to(x.dtype), (errors.T @ (x * factor).to(x.dtype)).float(), None
+
+
+def cap(logits):
+    return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP) if LOGIT_CAP else logits
+
+
+def slope(capped):
+    """The derivative of `cap`, given its result."""
+    return 1 - (capped / LOGIT_CAP).square() if LOGIT_CAP else 1
+
+
+def log(likelihood):
+    return likelihood.clamp_min(1e-10).log()
 
 
 def shift(x):

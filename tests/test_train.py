@@ -70,7 +70,8 @@ def test_import_does_nothing():
 
 def test_first_loss_is_that_of_guessing(both):
     model, ids = build()
-    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(512), abs=0.01)
+    lost_to_copies = math.log1p(math.exp(train.POINTER_ODDS)) if train.POINTER else 0
+    assert -0.01 < model(ids[:, :-1], ids[:, 1:]).item() - math.log(512) < lost_to_copies + 0.01
 
 
 def test_logits_and_loss_agree(both):
@@ -80,7 +81,31 @@ def test_logits_and_loss_agree(both):
     assert logits.shape == (3, 64, 512) and logits.dtype == torch.float32
     assert not train.LOGIT_CAP or logits.abs().max() < train.LOGIT_CAP
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    assert torch.equal(model(ids[:, :-1], ids[:, 1:]), expected)
+    loss = model(ids[:, :-1], ids[:, 1:])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for ours, theirs in zip(gradients(loss, model), gradients(expected, model)):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+def gradients(loss, model):
+    gradients = torch.autograd.grad(loss, model.parameters())
+    return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
+
+
+def test_likelihoods_of_the_head(both):
+    """Against torch's cross-entropy in float64, for logits of any size; in bfloat16 within its precision."""
+    x, weight, targets = 4 * torch.randn(30, 64), torch.randn(50, 64), torch.randint(50, (30,))
+    exact = [part.double().requires_grad_() for part in (x, weight)]
+    expected = -torch.nn.functional.cross_entropy(train.cap(exact[0] @ exact[1].T), targets, reduction="none")
+    factor = torch.rand(30)
+    reference = torch.autograd.grad(expected @ factor.double(), exact)
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        parts = x.to(dtype).requires_grad_(), weight.clone().requires_grad_()
+        likelihoods = train.HeadLikelihood.apply(*parts, targets)
+        assert likelihoods.dtype == torch.float32
+        assert (likelihoods - expected).norm() < error * expected.norm()
+        for ours, theirs in zip(torch.autograd.grad(likelihoods @ factor, parts), reference):
+            assert (ours - theirs).norm() < error * theirs.norm()
 
 
 def test_windows(small):
@@ -105,21 +130,34 @@ def test_reference_size_and_flops(monkeypatch):
 
 
 def test_pointer_against_a_naive_loop(small):
-    """A token's logit gains what the states before its earlier occurrences have in common with the present one."""
+    """Weights of the row's tokens: what the states before them have in common with the present one."""
     pointer = train.Pointer()
     x = torch.randn(2, 7, 64)
-    inputs = torch.randint(3, (2, 7))
-    weights = pointer(x)
+    weights, odds = pointer(x)
     states = train.norm(pointer.state(x))
     for row in range(2):
         for t in range(7):
             before = [states[row, s - 1] if s else torch.zeros(64) for s in range(t + 1)]
             scores = torch.stack([states[row, t] @ state for state in before]) / 8
-            expected = scores.softmax(dim=0) * (1 + pointer.gate(x)[row, t])
-            assert torch.allclose(weights[row, t, : t + 1], expected, atol=1e-5)
+            assert torch.allclose(weights[row, t, : t + 1], scores.softmax(dim=0), atol=1e-5)
             assert not weights[row, t, t + 1 :].any()
-    gained = torch.zeros(2, 7, 3).scatter_add(-1, inputs[:, None].expand(-1, 7, -1), weights)
-    assert torch.allclose(gained.sum(dim=-1), weights.sum(dim=-1), atol=1e-5)
+            assert odds[row, t].item() == pytest.approx(pointer.gate(x)[row, t].item() - 2)
+
+
+def test_logits_are_those_of_a_mixture(small):
+    """A token is drawn by the head or, with the pointer's odds, copied from where the row has it."""
+    model, ids = build(vocab_size=20)
+    awaken(model)
+    inputs, x = ids[:, :-1], torch.randn(3, 64, 64)
+    likelihoods = model.logits(x, inputs).softmax(dim=-1)
+    head = torch.nn.functional.linear(train.norm(x), model.lm_head.weight).softmax(dim=-1)
+    weights, odds = model.pointer(train.norm(x))
+    for row, t in ((0, 0), (0, 5), (1, 40), (2, 63)):
+        copied = torch.zeros(20)
+        for s in range(t + 1):
+            copied[inputs[row, s]] += weights[row, t, s]
+        gate = odds[row, t].sigmoid()
+        assert torch.allclose(likelihoods[row, t], (1 - gate) * head[row, t] + gate * copied, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 3])
