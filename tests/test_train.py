@@ -197,8 +197,14 @@ def test_sdpa_windows(window):
     q, k, v = torch.randn(3, 2, 64, 2, 16, dtype=torch.float64, requires_grad=True)
     ours, naive = train.sdpa(q, k, v, window), naive_attention(q, k, v, window)
     assert torch.allclose(ours, naive)
-    for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, naive))):
+    ways = [torch.autograd.grad(y.square().sum(), (q, k, v), retain_graph=True) for y in (ours, naive)]
+    for mine, theirs in zip(*ways):
         assert torch.allclose(mine, theirs)
+    low = [part.detach().bfloat16().requires_grad_() for part in (q, k, v)]
+    ours = train.sdpa(*low, window)
+    assert (ours - naive).norm() < 0.01 * naive.norm()
+    for mine, theirs in zip(*(torch.autograd.grad(y.sum(), p) for y, p in ((ours, low), (naive, (q, k, v))))):
+        assert (mine - theirs).norm() < 0.02 * theirs.norm()
 
 
 @CUDA
