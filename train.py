@@ -24,6 +24,7 @@ from prepare import Progress, TrainingClock, evaluate_bpb, load_benchmark, make_
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.adamw import adamw
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
@@ -63,6 +64,7 @@ WTE_LR            = 0.9
 NGRAM_LRS         = (0.3, 0.2)                   # of pairs, of three
 VALUE_LR          = 0.9
 HEAD_LR           = 0.005
+GATE_LR           = 0.005
 RESIDUAL_LR       = 0.005
 X0_LR             = 0.5
 # weight decay
@@ -113,17 +115,18 @@ class Linear(nn.Linear):
 
 
 class GPT(nn.Module):
-    """The model. Activations have the precision of its embedding tables, `dtype`; everything else is float32."""
+    """The model. Its activations have the precision `dtype`, its parameters are float32."""
 
     def __init__(self, vocab_size, max_seq_len, dtype):
         super().__init__()
+        self.dtype = dtype
         self.windows = window_sizes(max_seq_len)
-        self.wte = nn.Embedding(vocab_size, MODEL_DIM, dtype=dtype)
-        self.ngrams = nn.ModuleList(nn.Embedding(NGRAMS, MODEL_DIM, dtype=dtype) for _ in NGRAM_LRS if NGRAMS)
+        self.wte = nn.Embedding(vocab_size, MODEL_DIM)
+        self.ngrams = nn.ModuleList(nn.Embedding(NGRAMS, MODEL_DIM) for _ in NGRAM_LRS if NGRAMS)
         for table in self.ngrams:
             table.sparse = table.weight.is_cpu  # gradients of the rows that were used; untried elsewhere
         self.blocks = nn.ModuleList(
-            Block(window, has_values=layer % 2 == (DEPTH - 1) % 2, vocab_size=vocab_size, dtype=dtype)
+            Block(window, has_values=layer % 2 == (DEPTH - 1) % 2, vocab_size=vocab_size)
             for layer, window in enumerate(self.windows)
         )
         self.lm_head = Linear(MODEL_DIM, vocab_size)
@@ -155,7 +158,7 @@ class GPT(nn.Module):
         x = self.wte(inputs)
         for n, table in enumerate(self.ngrams, 2):
             x = x + table(hash_ngrams(inputs, n))
-        x = norm(x)
+        x = norm(x).to(self.dtype)
         x0 = x.view_as(x)
         for block, r, z in zip(self.blocks, self.residual_scales, self.x0_scales):
             x = block(x, x0, r, z, inputs, self.cos, self.sin)
@@ -192,10 +195,10 @@ class GPT(nn.Module):
 
         VecISA.check_build = lambda isa, code: True  # every run would try the compiler, 1.7 s an instruction set
         torch._dynamo.config.recompile_limit = 64  # one for every kind of block
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # their code is in its keys
         for block in self.blocks:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
-        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # their code is in its keys
 
     def flops_per_token(self):
         """Of a forward and backward pass: 6 per matrix weight, and attention over what each window lets through."""
@@ -205,9 +208,9 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, window, has_values, vocab_size, dtype):
+    def __init__(self, window, has_values, vocab_size):
         super().__init__()
-        self.attention = Attention(window, has_values, vocab_size, dtype)
+        self.attention = Attention(window, has_values, vocab_size)
         self.mlp = MLP()
 
     def forward(self, x, x0, r, z, inputs, cos, sin):
@@ -219,14 +222,14 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention in a window, with rotary positions, QK-norm and, in every other block, value embeddings."""
 
-    def __init__(self, window, has_values, vocab_size, dtype):
+    def __init__(self, window, has_values, vocab_size):
         super().__init__()
         self.window = window
         self.query = Linear(MODEL_DIM, MODEL_DIM)
         self.key = Linear(MODEL_DIM, MODEL_DIM)
         self.value = Linear(MODEL_DIM, MODEL_DIM)
         self.out = Linear(MODEL_DIM, MODEL_DIM)
-        self.table = nn.Embedding(vocab_size, MODEL_DIM, dtype=dtype) if has_values else None
+        self.table = nn.Embedding(vocab_size, MODEL_DIM) if has_values else None
         self.gate = Linear(GATE_CHANNELS, MODEL_DIM // HEAD_DIM) if has_values else None
 
     def forward(self, x, inputs, cos, sin):
@@ -235,7 +238,7 @@ class Attention(nn.Module):
         q, k, v = self.query(x).view(heads), self.key(x).view(heads), self.value(x).view(heads)
         if self.table is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # [B, T, H], 1 at first
-            v = v + gate.unsqueeze(-1) * self.table(inputs).view(heads)
+            v = v + gate.unsqueeze(-1) * self.table(inputs).to(x.dtype).view(heads)
         if INDUCTION:
             early, same = k.chunk(2, dim=2)
             k = torch.cat([shift(early), same], dim=2)
@@ -472,47 +475,41 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(X, dtype):
-    """The nearest matrices with all singular values 1 (about): X [N, rows, cols] -> the same, in `dtype`."""
-    tall = X.size(-2) > X.size(-1)
+    """The nearest matrices with all singular values 1 (about), in `dtype`: X [N, rows, cols] with rows <= cols."""
     X = (X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
-    X = X.mT if tall else X
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+    return X
 
 
-def muon_update(weights, grads, momenta, second_moments, lr, momentum, beta2, decay, dtype):
+def muon_update(weights, grads, scales, momenta, second_moments, lr, momentum, beta2, decay, dtype):
     """
-    One Muon step on stacked matrices [N, rows, cols], in place: Nesterov momentum, orthogonalized, with the variance
-    reduction of NorMuon (Li et al. 2025, arXiv 2510.05491) and cautious weight decay. All scalars are 0-d tensors.
+    One Muon step on stacked matrices [N, rows, cols], rows <= cols, in place: Nesterov momentum, orthogonalized, with
+    the variance reduction of NorMuon (Li et al. 2025, arXiv 2510.05491), a second moment for each column, and cautious
+    weight decay. `scales` [N, 1, 1] are factors of lr; scalars are 0-d tensors.
     """
     momenta.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momenta, momentum), dtype).float()
-    rows, cols = update.shape[-2:]
-    size = update.norm(dim=(-2, -1), keepdim=True)
-    second_moments.lerp_(update.square().mean(dim=-1 if rows >= cols else -2, keepdim=True), 1 - beta2)
-    update = update * second_moments.clamp_min(1e-10).rsqrt()
-    update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    agree = (update * weights >= 0).float()
-    weights.sub_(lr * math.sqrt(max(1, rows / cols)) * update + lr * decay * weights * agree)
-
-
-def adamw_update(weight, grad, mean, square, lr, beta1, beta2, eps, decay, step):
-    """One AdamW step (Loshchilov and Hutter 2019, arXiv 1711.05101), in place. All scalars are 0-d tensors."""
-    grad = grad.float()
-    mean.lerp_(grad, 1 - beta1)
-    square.lerp_(grad.square(), 1 - beta2)
-    scale = (square.sqrt() / (1 - beta2**step).sqrt()).add_(eps)
-    weight.copy_(weight.float() * (1 - lr * decay) - mean / scale * (lr / (1 - beta1**step)))
+    squares = update.square().mean(dim=-2, keepdim=True)
+    second_moments.lerp_(squares, 1 - beta2)
+    factor = second_moments.clamp_min(1e-10).rsqrt()
+    kept = squares.sum(dim=-1, keepdim=True) / (squares * factor.square()).sum(dim=-1, keepdim=True).clamp_min(1e-10)
+    update = update * (lr * scales * factor * kept.sqrt())  # as long as before
+    weights.sub_(update + lr * decay * weights.where(update * weights >= 0, 0))
 
 
 def rows_update(weight, grad, square, lr, beta2):
-    """RMSprop (Hinton 2012) on the rows that a sparse gradient has, in place: all other rows cost nothing."""
+    """RMSprop (Hinton 2012) with one mean square a row, `square` [R, 1], on the rows that a sparse gradient has."""
     grad = grad.coalesce()
-    rows, grad = grad.indices()[0], grad.values().float()
-    square[rows] = squares = square[rows].lerp(grad.square(), 1 - beta2)
-    weight[rows] = (weight[rows].float() - lr * grad / (squares.sqrt() + ADAM_EPS)).to(weight.dtype)
+    rows, grad = grad.indices()[0], grad.values()
+    square[rows] = mean = square[rows].lerp(grad.square().mean(dim=1, keepdim=True), 1 - beta2)
+    weight[rows] -= lr / (mean.sqrt() + ADAM_EPS) * grad
+
+
+def wide(matrices):
+    """The matrices with at most as many rows as columns: the upright and the square ones are transposed."""
+    return [matrix.mT if matrix.size(0) >= matrix.size(1) else matrix for matrix in matrices]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -525,52 +522,54 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups, dtype, compile=False):
         super().__init__(groups, {})
         self.dtype = dtype
-        self.steps = 0
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
-        self.adamw_update = torch.compile(adamw_update, dynamic=False) if compile else adamw_update
         for group in self.param_groups:
             group["base_lr"], group["base_decay"] = group["lr"], group["decay"]
-            for weight in group["params"]:
-                self.state[weight] = {}
             if group["kind"] == "muon":
-                first = group["params"][0]
-                N, (rows, cols) = len(group["params"]), first.shape
-                momenta = torch.zeros(N, rows, cols, device=first.device)
-                second_moments = torch.zeros(N, *((rows, 1) if rows >= cols else (1, cols)), device=first.device)
-                self.state[first] = {"momenta": momenta, "second_moments": second_moments}
-            else:
-                names = ["square"] if group["kind"] == "rows" else ["mean", "square"]
-                for weight in group["params"]:
-                    self.state[weight] = {name: torch.zeros_like(weight, dtype=torch.float32) for name in names}
+                scales = [math.sqrt(max(1, weight.size(0) / weight.size(1))) for weight in group["params"]]
+                momenta = torch.zeros_like(torch.stack(wide(group["params"])))
+                self.state[group["params"][0]] = {
+                    "scales": torch.tensor(scales, device=momenta.device)[:, None, None],
+                    "momenta": momenta,
+                    "second_moments": torch.zeros_like(momenta[:, :1]),
+                }
+            for weight in group["params"]:
+                if group["kind"] == "adamw":
+                    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+                    self.state[weight] = {"mean": mean, "square": square, "step": torch.zeros((), device=weight.device)}
+                elif group["kind"] == "rows":
+                    self.state[weight] = {"square": torch.zeros(len(weight), 1, device=weight.device)}
 
     @torch.no_grad()
     def step(self):
-        self.steps += 1
         for group in self.param_groups:
-            scalars = {name: torch.tensor(float(group[name])) for name in ("lr", "decay")}
+            weights = group["params"]
+            grads = [weight.grad for weight in weights]
+            states = [self.state[weight] for weight in weights]
+            lr, decay = group["lr"], group["decay"]
             if group["kind"] == "muon":
-                scalars |= {"momentum": torch.tensor(group["momentum"]), "beta2": torch.tensor(MUON_BETA2)}
-                weights = torch.stack(group["params"])
-                grads = torch.stack([weight.grad for weight in group["params"]])
-                self.muon_update(weights, grads, *self.state[group["params"][0]].values(), **scalars, dtype=self.dtype)
-                torch._foreach_copy_(group["params"], list(weights.unbind()))
+                scalars = map(torch.tensor, (lr, group["momentum"], MUON_BETA2, decay))
+                stacked = torch.stack(wide(weights))
+                self.muon_update(stacked, torch.stack(wide(grads)), *states[0].values(), *scalars, dtype=self.dtype)
+                torch._foreach_copy_(wide(weights), list(stacked.unbind()))
             elif group["kind"] == "rows":
-                for weight in group["params"]:
-                    rows_update(weight, weight.grad, self.state[weight]["square"], group["lr"], group["betas"][1])
+                for weight, grad, state in zip(weights, grads, states):
+                    rows_update(weight, grad, state["square"], lr, group["betas"][1])
             else:
-                beta1, beta2 = map(torch.tensor, group["betas"])
-                scalars |= {"beta1": beta1, "beta2": beta2, "eps": torch.tensor(ADAM_EPS)}
-                scalars["step"] = torch.tensor(float(self.steps))
-                for weight in group["params"]:
-                    self.adamw_update(weight, weight.grad, *self.state[weight].values(), **scalars)
+                means, squares, steps = ([state[name] for state in states] for name in ("mean", "square", "step"))
+                beta1, beta2 = group["betas"]
+                scalars = dict(lr=lr, beta1=beta1, beta2=beta2, eps=ADAM_EPS, weight_decay=decay)
+                adamw(weights, grads, means, squares, [], steps, fused=True, amsgrad=False, maximize=False, **scalars)
 
 
 def build_optimizer(model, dtype, compile=False):
     """Every parameter in exactly one group."""
-    matrices = {}  # shape -> the block matrices of that shape
+    matrices, gates = {}, []  # short and long side -> the block matrices of that shape, upright or not
     for name, weight in model.named_parameters():
-        if name.startswith(("blocks", "pointer")) and "table" not in name:
-            matrices.setdefault(weight.shape, []).append(weight)
+        if "gate" in name:
+            gates.append(weight)
+        elif name.startswith(("blocks", "pointer")) and "table" not in name:
+            matrices.setdefault(tuple(sorted(weight.shape)), []).append(weight)
     tables = [block.attention.table.weight for block in model.blocks if block.attention.table is not None]
     scale = (MODEL_DIM / 768) ** -0.5
     # fmt: off
@@ -578,6 +577,7 @@ def build_optimizer(model, dtype, compile=False):
         dict(kind="adamw", params=[model.wte.weight],       lr=WTE_LR * scale,   decay=WTE_DECAY,   betas=ADAM_BETAS),
         dict(kind="adamw", params=tables,                   lr=VALUE_LR * scale, decay=VALUE_DECAY, betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.lm_head.weight],   lr=HEAD_LR * scale,  decay=HEAD_DECAY,  betas=ADAM_BETAS),
+        dict(kind="adamw", params=gates,                    lr=GATE_LR,          decay=0.0,         betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.residual_scales],  lr=RESIDUAL_LR,      decay=0.0,         betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.x0_scales],        lr=X0_LR,            decay=0.0,         betas=X0_BETAS),
     ]
@@ -740,8 +740,7 @@ def main():
         try:
             if COMPILE:
                 model.compile_parts()
-            compile_optimizer = COMPILE and device.type == "cuda"  # no clear gain on a CPU, and more to compile
-            optimizer = build_optimizer(model, dtype, compile_optimizer)
+            optimizer = build_optimizer(model, dtype, COMPILE)
             scoring_rows = prepare.scoring_rows(benchmark, rows)
             step_seconds = warm_up(model, optimizer, tokens[:, :-1], tokens[:, 1:], accumulation, scoring_rows)
             break
@@ -762,7 +761,7 @@ def main():
     warmup_seconds = time.monotonic() - prepare.PROCESS_START - startup_seconds
 
     # Training: until another step would end too late
-    optimizer = build_optimizer(model, dtype, compile_optimizer)
+    optimizer = build_optimizer(model, dtype, COMPILE)
     loader = make_dataloader(benchmark, "train", rows, device)
     status = Progress(max(10, benchmark.time_budget / 50))
     peak = peak_flops(prepare.device_name(device))

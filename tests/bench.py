@@ -37,7 +37,7 @@ def segment(plain):
     model = train.build_model(benchmark, device, dtype)
     if train.COMPILE:
         model.compile_parts()
-    optimizer = train.build_optimizer(model, dtype, train.COMPILE and device.type == "cuda")
+    optimizer = train.build_optimizer(model, dtype, train.COMPILE)
     T = benchmark.max_seq_len
     rows = max(1, min(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE // T))
     accumulation = max(1, round(train.TOTAL_BATCH_SIZE / (rows * T)))
