@@ -49,7 +49,7 @@ WINDOW_PATTERN    = "SSSSL"                      # per block, repeated: S short 
 SHORT_WINDOW      = 1 / 8                        # of the row: earlier tokens that an S block sees
 MLP_RATIO         = 4                            # hidden width of the MLP / D
 GATE_CHANNELS     = 32                           # channels of x that drive the value gates
-NGRAMS            = Per(gpu=0,     small=2**16)  # rows in each table of hashed n-grams: a pair of tokens, three
+NGRAMS            = Per(gpu=0,     small=2**16)  # rows in each table of hashed n-grams
 INDUCTION         = Per(gpu=False, small=True)   # half the heads look for what each earlier token followed
 POINTER           = Per(gpu=False, small=True)   # some tokens are copied from the row
 POINTER_ODDS      = -2.0                         # log of the odds of that, at first
@@ -61,7 +61,7 @@ X0_INIT           = 0.05                         # how much of the token embeddi
 # learning rates (tables: at D = 768, scaled by 1 / sqrt(D))
 MATRIX_LR         = 0.04
 WTE_LR            = 0.9
-NGRAM_LRS         = (0.3, 0.2)                   # of pairs, of three
+NGRAM_LRS         = (0.3, 0.2)                   # of pairs, of three: each has its share of the channels
 VALUE_LR          = 0.9
 HEAD_LR           = 0.005
 GATE_LR           = 0.005
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.windows = window_sizes(max_seq_len)
         self.wte = nn.Embedding(vocab_size, MODEL_DIM)
-        self.ngrams = nn.ModuleList(nn.Embedding(NGRAMS, MODEL_DIM) for _ in NGRAM_LRS if NGRAMS)
+        self.ngrams = nn.ModuleList(nn.Embedding(NGRAMS, MODEL_DIM // len(NGRAM_LRS)) for _ in NGRAM_LRS if NGRAMS)
         for table in self.ngrams:
             table.sparse = table.weight.is_cpu  # gradients of the rows that were used; untried elsewhere
         self.blocks = nn.ModuleList(
@@ -156,8 +156,8 @@ class GPT(nn.Module):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
         inputs = inputs.contiguous()  # as in scoring, and x0 is not x: each would make the compiler start again
         x = self.wte(inputs)
-        for n, table in enumerate(self.ngrams, 2):
-            x = x + table(hash_ngrams(inputs, n))
+        if NGRAMS:
+            x = x + torch.cat([table(hash_ngrams(inputs, n)) for n, table in enumerate(self.ngrams, 2)], dim=-1)
         x = norm(x).to(self.dtype)
         x0 = x.view_as(x)
         for block, r, z in zip(self.blocks, self.residual_scales, self.x0_scales):

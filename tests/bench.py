@@ -105,7 +105,7 @@ def main():
     print(f"{ours['what']}: {ours['tokens']:,.0f} tokens/s")
     print(f"{ours['tokens'] / plain['tokens']:.2f} times a plain loop (eager, float32, rows read in step)")
     print(f"{ours['peak']:.2f} of the machine's matrix-product peak")
-    print(f"{ours['optimizer']:.2f} of a step is the optimizer")
+    print(f"{ours['optimizer']:.3f} of a step is the optimizer")
 
 
 if __name__ == "__main__":
