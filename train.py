@@ -485,10 +485,11 @@ def orthogonalize(X, dtype):
 
 def muon_update(weights, grads, scales, momenta, second_moments, lr, momentum, beta2, decay, dtype):
     """
-    One Muon step on stacked matrices [N, rows, cols], rows <= cols, in place: Nesterov momentum, orthogonalized, with
-    the variance reduction of NorMuon (Li et al. 2025, arXiv 2510.05491), a second moment for each column, and cautious
-    weight decay. `scales` [N, 1, 1] are factors of lr; scalars are 0-d tensors.
+    One Muon step on N matrices of one shape, in place; as [N, rows, cols], rows <= cols: Nesterov momentum,
+    orthogonalized, with the variance reduction of NorMuon (Li et al. 2025, arXiv 2510.05491), a second moment for each
+    column, and cautious weight decay. `scales` [N, 1, 1] are factors of lr; scalars are 0-d tensors.
     """
+    old, grads = torch.stack(wide(weights)), torch.stack(wide(grads))
     momenta.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momenta, momentum), dtype).float()
     squares = update.square().mean(dim=-2, keepdim=True)
@@ -496,7 +497,9 @@ def muon_update(weights, grads, scales, momenta, second_moments, lr, momentum, b
     factor = second_moments.clamp_min(1e-10).rsqrt()
     kept = squares.sum(dim=-1, keepdim=True) / (squares * factor.square()).sum(dim=-1, keepdim=True).clamp_min(1e-10)
     update = update * (lr * scales * factor * kept.sqrt())  # as long as before
-    weights.sub_(update + lr * decay * weights.where(update * weights >= 0, 0))
+    new = old - update - lr * decay * old.where(update * old >= 0, 0)
+    for weight, matrix in zip(wide(weights), new):
+        weight.copy_(matrix)
 
 
 def rows_update(weight, grad, square, lr, beta2):
@@ -549,9 +552,7 @@ class MuonAdamW(torch.optim.Optimizer):
             lr, decay = group["lr"], group["decay"]
             if group["kind"] == "muon":
                 scalars = map(torch.tensor, (lr, group["momentum"], MUON_BETA2, decay))
-                stacked = torch.stack(wide(weights))
-                self.muon_update(stacked, torch.stack(wide(grads)), *states[0].values(), *scalars, dtype=self.dtype)
-                torch._foreach_copy_(wide(weights), list(stacked.unbind()))
+                self.muon_update(weights, grads, *states[0].values(), *scalars, dtype=self.dtype)
             elif group["kind"] == "rows":
                 for weight, grad, state in zip(weights, grads, states):
                     rows_update(weight, grad, state["square"], lr, group["betas"][1])

@@ -61,15 +61,20 @@ def segment(plain):
         prepare.synchronize(device)
         return steps * accumulation * rows * T / (time.perf_counter() - start)
 
-    def optimizer_seconds():
-        model(*batch()).backward()
-        train.set_schedules(optimizer, 0.1)
-        prepare.synchronize(device)
+    def optimizer_share(steps=50):
+        def timed():
+            nonlocal spent
+            prepare.synchronize(device)
+            start = time.perf_counter()
+            step()
+            prepare.synchronize(device)
+            spent += time.perf_counter() - start
+
+        spent, step, optimizer.step = 0.0, optimizer.step, timed
         start = time.perf_counter()
-        for _ in range(10):
-            optimizer.step()
-        prepare.synchronize(device)
-        return (time.perf_counter() - start) / 10
+        for _ in range(steps):
+            train.train_step(model, optimizer, [batch() for _ in range(accumulation)], 0.1)
+        return spent / (time.perf_counter() - start)
 
     run(2)
     speed = run(SECONDS)
@@ -87,7 +92,7 @@ def segment(plain):
             {
                 "tokens": speed,
                 "peak": model.flops_per_token() * speed / peak,
-                "optimizer": optimizer_seconds() * speed / (accumulation * rows * T),
+                "optimizer": optimizer_share(),
                 "what": f"{prepare.device_name(device)}, {dtype}, compiled: {bool(train.COMPILE)}",
             }
         )
