@@ -505,9 +505,10 @@ def muon_update(weights, grads, scales, momenta, second_moments, lr, momentum, b
 def rows_update(weight, grad, square, lr, beta2):
     """RMSprop (Hinton 2012) with one mean square a row, `square` [R, 1], on the rows that a sparse gradient has."""
     grad = grad.coalesce()
-    rows, grad = grad.indices()[0], grad.values()
-    square[rows] = mean = square[rows].lerp(grad.square().mean(dim=1, keepdim=True), 1 - beta2)
-    weight[rows] -= lr / (mean.sqrt() + ADAM_EPS) * grad
+    rows, values = grad.indices()[0], grad.values()
+    square[rows] = mean = square[rows].lerp(values.square().mean(dim=1, keepdim=True), 1 - beta2)
+    values.div_(mean.sqrt() + ADAM_EPS)
+    weight.add_(grad, alpha=-lr)
 
 
 def wide(matrices):
