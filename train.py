@@ -64,8 +64,7 @@ WTE_LR            = 0.9
 NGRAM_LRS         = (0.3, 0.2)                   # of pairs, of three: each has its share of the channels
 VALUE_LR          = 0.9
 HEAD_LR           = 0.005
-GATE_LR           = 0.005
-RESIDUAL_LR       = 0.005
+RESIDUAL_LR       = 0.005                        # of gates, too
 X0_LR             = 0.5
 # weight decay
 MATRIX_DECAY      = 0.2                          # only where update and weight agree in sign; fades with progress
@@ -566,10 +565,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def build_optimizer(model, dtype, compile=False):
     """Every parameter in exactly one group."""
-    matrices, gates = {}, []  # short and long side -> the block matrices of that shape, upright or not
+    matrices, small = {}, [model.residual_scales]  # short and long side -> the block matrices, upright or not
     for name, weight in model.named_parameters():
         if "gate" in name:
-            gates.append(weight)
+            small.append(weight)
         elif name.startswith(("blocks", "pointer")) and "table" not in name:
             matrices.setdefault(tuple(sorted(weight.shape)), []).append(weight)
     tables = [block.attention.table.weight for block in model.blocks if block.attention.table is not None]
@@ -579,8 +578,7 @@ def build_optimizer(model, dtype, compile=False):
         dict(kind="adamw", params=[model.wte.weight],       lr=WTE_LR * scale,   decay=WTE_DECAY,   betas=ADAM_BETAS),
         dict(kind="adamw", params=tables,                   lr=VALUE_LR * scale, decay=VALUE_DECAY, betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.lm_head.weight],   lr=HEAD_LR * scale,  decay=HEAD_DECAY,  betas=ADAM_BETAS),
-        dict(kind="adamw", params=gates,                    lr=GATE_LR,          decay=0.0,         betas=ADAM_BETAS),
-        dict(kind="adamw", params=[model.residual_scales],  lr=RESIDUAL_LR,      decay=0.0,         betas=ADAM_BETAS),
+        dict(kind="adamw", params=small,                    lr=RESIDUAL_LR,      decay=0.0,         betas=ADAM_BETAS),
         dict(kind="adamw", params=[model.x0_scales],        lr=X0_LR,            decay=0.0,         betas=X0_BETAS),
     ]
     # fmt: on
