@@ -55,7 +55,7 @@ POINTER           = Per(gpu=False, small=True)   # some tokens are copied from t
 POINTER_ODDS      = -2.0                         # log of the odds of that, at first
 ROPE_BASE         = 200_000
 QK_SCALE          = 1.15                         # on normalised queries and keys; without it attention is too diffuse
-LOGIT_CAP         = Per(gpu=15.0,  small=None)   # None: no cap, which gave a third more steps on a CPU
+LOGIT_CAP         = Per(gpu=15.0,  small=None)   # None: no cap
 INIT_SCALE        = 0.68                         # of block matrices: uniform within INIT_SCALE * sqrt(3 / D)
 X0_INIT           = 0.05                         # how much of the token embedding each block adds at first
 # learning rates (tables: at D = 768, scaled by 1 / sqrt(D))
