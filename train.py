@@ -49,7 +49,7 @@ WINDOW_PATTERN    = "SSSSL"                      # per block, repeated: S short 
 SHORT_WINDOW      = 1 / 8                        # of the row: earlier tokens that an S block sees
 MLP_RATIO         = 4                            # hidden width of the MLP / D
 GATE_CHANNELS     = 32                           # channels of x that drive the value gates
-NGRAMS            = Per(gpu=0,     small=2**16)  # rows in each table of hashed n-grams
+NGRAMS            = Per(gpu=0,     small=2**17)  # rows in the table of hashed n-grams
 INDUCTION         = Per(gpu=False, small=True)   # half the heads look for what each earlier token followed
 POINTER           = Per(gpu=False, small=True)   # some tokens are copied from the row
 POINTER_ODDS      = -2.0                         # log of the odds of that, at first
@@ -61,7 +61,7 @@ X0_INIT           = 0.05                         # how much of the token embeddi
 # learning rates (tables: at D = 768, scaled by 1 / sqrt(D))
 MATRIX_LR         = 0.04
 WTE_LR            = 0.9
-NGRAM_LRS         = (0.3, 0.2)                   # of pairs, of three: each has its share of the channels
+NGRAM_LR          = 0.25
 VALUE_LR          = 0.9
 HEAD_LR           = 0.005
 RESIDUAL_LR       = 0.005                        # of gates, too
@@ -121,9 +121,9 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.windows = window_sizes(max_seq_len)
         self.wte = nn.Embedding(vocab_size, MODEL_DIM)
-        self.ngrams = nn.ModuleList(nn.Embedding(NGRAMS, MODEL_DIM // len(NGRAM_LRS)) for _ in NGRAM_LRS if NGRAMS)
-        for table in self.ngrams:
-            table.sparse = table.weight.is_cpu  # gradients of the rows that were used; untried elsewhere
+        self.ngrams = nn.Embedding(NGRAMS, MODEL_DIM // 2) if NGRAMS else None
+        if NGRAMS:
+            self.ngrams.sparse = self.ngrams.weight.is_cpu  # gradients of the rows that were used; untried elsewhere
         self.blocks = nn.ModuleList(
             Block(window, has_values=layer % 2 == (DEPTH - 1) % 2, vocab_size=vocab_size)
             for layer, window in enumerate(self.windows)
@@ -156,7 +156,7 @@ class GPT(nn.Module):
         inputs = inputs.contiguous()  # as in scoring, and x0 is not x: each would make the compiler start again
         x = self.wte(inputs)
         if NGRAMS:
-            x = x + torch.cat([table(hash_ngrams(inputs, n)) for n, table in enumerate(self.ngrams, 2)], dim=-1)
+            x = x + self.ngrams(hash_ngrams(inputs)).flatten(2)  # half the channels for pairs, half for triples
         x = norm(x).to(self.dtype)
         x0 = x.view_as(x)
         for block, r, z in zip(self.blocks, self.residual_scales, self.x0_scales):
@@ -322,13 +322,12 @@ def shift(x):
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-def hash_ngrams(inputs, n):
-    """A row of a table of n-grams for each token and the n - 1 before: int64 [B, T]."""
-    key = torch.zeros_like(inputs)
-    for multiplier in (27_191, 36_313, 50_411)[:n]:
-        key = key + inputs * multiplier
-        inputs = shift(inputs)
-    return key % NGRAMS
+def hash_ngrams(inputs):
+    """Rows of the table of n-grams, for the pair and the triple of tokens that end at each: int64 [B, T, 2]."""
+    before = shift(inputs)
+    pairs = 27_191 * inputs + 36_313 * before
+    triples = pairs + 50_411 * shift(before) + 1
+    return torch.stack([pairs, triples], dim=-1) % NGRAMS
 
 
 def rotate(x, cos, sin):
@@ -582,9 +581,9 @@ def build_optimizer(model, dtype, compile=False):
         dict(kind="adamw", params=[model.x0_scales],        lr=X0_LR,            decay=0.0,         betas=X0_BETAS),
     ]
     # fmt: on
-    for table, lr in zip(model.ngrams, NGRAM_LRS):
-        kind = "rows" if table.sparse else "adamw"
-        groups.append(dict(kind=kind, params=[table.weight], lr=lr * scale, decay=0.0, betas=ADAM_BETAS))
+    if NGRAMS:
+        kind, table = "rows" if model.ngrams.sparse else "adamw", model.ngrams.weight
+        groups.append(dict(kind=kind, params=[table], lr=NGRAM_LR * scale, decay=0.0, betas=ADAM_BETAS))
     groups += [dict(kind="muon", params=same, lr=MATRIX_LR, decay=MATRIX_DECAY) for same in matrices.values()]
     return MuonAdamW([group for group in groups if group["params"]], dtype, compile)
 
