@@ -656,18 +656,17 @@ def choose_dtype(device):
 
 def warm_up(model, optimizer, inputs, targets, accumulation, scoring_rows):
     """
-    Compile everything by running a few steps and a scoring pass of so many rows, then put weights and random state
-    back, so that none of it is training; the optimizer is for this only. Returns the seconds of the last step.
+    Compile everything by running a few steps and a scoring pass of so many rows, then put the weights back, so that
+    none of it is training; the optimizer is for this only. Returns the seconds of the last step.
     """
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with torch.random.fork_rng():
-        for _ in range(WARMUP_STEPS):
-            start = time.monotonic()
-            train_step(model, optimizer, [(inputs, targets)] * accumulation, progress=0.0)
-            prepare.synchronize(inputs.device)
-            seconds = time.monotonic() - start
-        model.eval()
-        model(inputs[:scoring_rows])
+    for _ in range(WARMUP_STEPS):
+        start = time.monotonic()
+        train_step(model, optimizer, [(inputs, targets)] * accumulation, progress=0.0)
+        prepare.synchronize(inputs.device)
+        seconds = time.monotonic() - start
+    model.eval()
+    model(inputs[:scoring_rows])
     model.train()
     model.load_state_dict(weights)
     return seconds
@@ -760,6 +759,7 @@ def main():
     warmup_seconds = time.monotonic() - prepare.PROCESS_START - startup_seconds
 
     # Training: until another step would end too late
+    torch.manual_seed(benchmark.seed)  # whatever the warm-up drew
     optimizer = build_optimizer(model, dtype, COMPILE)
     loader = make_dataloader(benchmark, "train", rows, device)
     status = Progress(max(10, benchmark.time_budget / 50))
