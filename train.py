@@ -52,7 +52,9 @@ GATE_CHANNELS     = 32                           # channels of x that drive the 
 NGRAMS            = Per(gpu=0,     small=2**17)  # rows in the table of hashed n-grams
 INDUCTION         = Per(gpu=False, small=True)   # half the heads look for what each earlier token followed
 POINTER           = Per(gpu=False, small=True)   # some tokens are copied from the row
-POINTER_ODDS      = -2.0                         # log of the odds of that, at first
+POINTER_ODDS      = -9.0                         # log of the odds of that, at first, for a match of no weight
+POINTER_SCALE     = 1.5                          # on the similarity of normalised states
+SMEAR             = Per(gpu=False, small=True)   # attention and MLP see the token before, too
 ROPE_BASE         = 200_000
 QK_SCALE          = 1.15                         # on normalised queries and keys; without it attention is too diffuse
 LOGIT_CAP         = Per(gpu=15.0,  small=None)   # None: no cap
@@ -146,7 +148,7 @@ class GPT(nn.Module):
         nn.init.ones_(self.residual_scales)
         nn.init.constant_(self.x0_scales, X0_INIT)
         for name, weight in self.named_parameters():
-            if name.startswith("ngrams") or name.endswith(("attention.out.weight", "mlp.down.weight", "gate.weight")):
+            if "gate" in name or "ngrams" in name or name.endswith(("attention.out.weight", "mlp.down.weight")):
                 nn.init.zeros_(weight)
             elif name.startswith(("blocks", "pointer")):
                 nn.init.uniform_(weight, -bound, bound)
@@ -211,11 +213,16 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(window, has_values, vocab_size)
         self.mlp = MLP()
+        self.smear_gates = nn.Parameter(torch.empty(2, MODEL_DIM)) if SMEAR else None
 
     def forward(self, x, x0, r, z, inputs, cos, sin):
         x = r * x + z * x0
-        x = x + self.attention(norm(x), inputs, cos, sin)
-        return x + self.mlp(norm(x))
+        x = x + self.attention(self.smear(norm(x), 0), inputs, cos, sin)
+        return x + self.mlp(self.smear(norm(x), 1))
+
+    def smear(self, x, part):
+        """Add to each channel its share of what it was at the token before; none at first."""
+        return x if self.smear_gates is None else x + self.smear_gates[part].to(x.dtype) * shift(x)
 
 
 class Attention(nn.Module):
@@ -260,7 +267,8 @@ class Pointer(nn.Module):
     Copies the next token from the row, from where the state before it was similar to the present one.
 
     Of states [B, T, D] it makes weights over the row's tokens, [B, T, T], and the log of the odds that the token is a
-    copy, [B, T, 1]. After pointer sentinel mixtures (Merity et al. 2016, arXiv 1609.07843).
+    copy, [B, T, 1]; these rise with the similarity, as in pointer sentinel mixtures (Merity et al. 2016, arXiv
+    1609.07843).
     """
 
     def __init__(self):
@@ -271,9 +279,11 @@ class Pointer(nn.Module):
     def forward(self, x):
         q = norm(self.state(x))
         k = shift(q)  # the state before a token, which is compared with the present one
-        scores = (q @ k.mT).float() / math.sqrt(MODEL_DIM)
+        scores = POINTER_SCALE * (q @ k.mT).float() / math.sqrt(MODEL_DIM)
         future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-        return scores.masked_fill(future, -math.inf).softmax(dim=-1), self.gate(x).float() + POINTER_ODDS
+        scores = scores.masked_fill(future, -math.inf)
+        match = scores.logsumexp(dim=-1, keepdim=True)
+        return (scores - match).exp(), self.gate(x).float() + match + POINTER_ODDS
 
 
 class HeadLikelihood(torch.autograd.Function):
