@@ -43,7 +43,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Constants
 
 HOME = Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
@@ -75,6 +75,9 @@ GATHER_ROWS = 128  # that the dataloader gathers at a time, or one batch
 PACKING_BUFFER = 1_000  # documents that best-fit packing chooses from
 DOCUMENT_BATCH = 128  # documents that enter that buffer together
 
+FLASH3 = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # with `version` it is not found offline
+FLASH3_CAPABILITIES = ((8, 0), (9, 0))  # A100 and H100: on others it calls exit(1)
+
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
 RECORD_SUFFIXES = (".jsonl", ".parquet")  # files of many documents
 FEW_GROUPS = 10  # with fewer groups of local text than this, files are cut into blocks of ...
@@ -98,9 +101,10 @@ PROBE_MARGIN = 3  # ... and by so many times what other rows alone move them by
 MIXED_SHARE = 0.05  # but if those move them by more than this, at more than ...
 MIXED_POSITIONS = 0.01  # ... this share of the positions, the model sees other rows
 SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
+SLOW_STEP = 1.5  # a step that took so many medians was disturbed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Benchmark
 
 
@@ -235,7 +239,7 @@ class Progress:
             print(f"{start}{line}", end=end, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Text: every source is a stream of batches, and a batch is a list of documents (str) that stay on one side of the split
 
 
@@ -364,7 +368,7 @@ def blocks(text):
     return cuts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Download
 
 
@@ -464,7 +468,18 @@ def download(url, path, received):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def fetch_flash3():
+    """The attention kernel that train.py, which uses no network, takes on the GPUs that have it."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() in FLASH3_CAPABILITIES:
+        try:
+            from kernels import get_kernel
+
+            get_kernel(**FLASH3)
+        except Exception as error:  # no network, no build for this torch or system, moved: all the same
+            print(f"no FlashAttention-3, train.py will take torch's own attention ({first_line(error)})")
+
+
+# --------------------------------------
 # Tokenizer
 
 
@@ -551,7 +566,7 @@ def encode_batches(tokenizer, batches):
             yield pending.popleft().result()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Packing
 
 
@@ -639,7 +654,7 @@ def write_rows(path, rows, row_length):
     return count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Build
 
 
@@ -737,7 +752,7 @@ def find_prepared(request):
             return record
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Dataloader
 
 
@@ -775,7 +790,7 @@ def make_dataloader(benchmark, split, batch_size, device):
                 ahead = pool.submit(gather)
                 for ids, epoch in zip(to_ids(gathered, device).split(batch_size), epochs):
                     benchmark.rows_served[split] += batch_size
-                    yield ids[:, :-1], ids[:, 1:], epoch
+                    yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), epoch
 
     order = shuffled()
     return batches()
@@ -791,7 +806,7 @@ def to_ids(batch, device):
     return batch.to(device, non_blocking=device.type == "cuda").to(torch.int64) & 0xFFFF  # pinned or staged there only
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Clock
 
 
@@ -808,6 +823,7 @@ class TrainingClock:
         self.device = torch.device(device)
         self.started = self.stopped = None
         self.scored = False
+        self.ticks = []
         self.lock, self.holder = lock_device(self.device)
         self.origin = find_origin()
 
@@ -827,6 +843,16 @@ class TrainingClock:
             raise RuntimeError("the clock is not running")
         self.stopped = time.monotonic()
         self.rows = self.benchmark.rows_served["train"] - self.rows_before
+
+    def tick(self):
+        """A step is over. Of no consequence but for `slow_steps_percent`, which the journal keeps."""
+        self.ticks.append(self.elapsed)
+
+    @property
+    def slow_steps_percent(self):
+        """The share of the time that went into steps of over SLOW_STEP medians; 0 for fewer than two steps."""
+        steps = np.diff(self.ticks, prepend=0.0)
+        return 100 * float(steps[steps > SLOW_STEP * np.median(steps)].sum() / steps.sum()) if len(steps) > 1 else 0.0
 
     @property
     def elapsed(self):
@@ -916,7 +942,7 @@ def find_origin():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Metric
 
 
@@ -1077,6 +1103,7 @@ def record_run(model, benchmark, clock, served, val_bpb, holdout_bpb):
         "holdout_bpb": holdout_bpb,
         "training_seconds": round(clock.elapsed, 3),
         "total_seconds": round(time.monotonic() - PROCESS_START, 3),
+        "slow_steps_percent": round(clock.slow_steps_percent, 1),
         "tokens": clock.rows * benchmark.max_seq_len,
         "untimed_rows": served["train"] - clock.rows,
         "scored_rows_read": served["val"] + served["holdout"],
@@ -1139,7 +1166,7 @@ def peak_memory_mb(device):
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Command line
 
 
@@ -1222,6 +1249,7 @@ def main(arguments=None):
             write_atomically(HOME / "current", record["id"].encode())
     except OSError as error:
         raise SystemExit(f"prepare.py: {error}; mend it and run this again") from None
+    fetch_flash3()
     print_card(record)
 
 

@@ -7,7 +7,6 @@ Each figure is the best of ROUNDS segments, which take turns, each in a process 
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,23 +23,12 @@ def segment(plain):
     import prepare
     import train
 
-    device = train.choose_device()
-    train.settle(device)
-    benchmark = prepare.load_benchmark()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))
-    torch.set_float32_matmul_precision("high")
-    train.COMPILE = train.COMPILE and not plain and device.type != "mps"
-    if not plain:
-        train.keep_freed_memory()
-    dtype = torch.float32 if plain else train.choose_dtype(device)
-    train.BACK_END = train.sdpa if plain else train.choose_attention(device, dtype)
-    model = train.build_model(benchmark, device, dtype)
-    if train.COMPILE:
-        model.compile_parts()
-    optimizer = train.build_optimizer(model, dtype, train.COMPILE)
+    device, benchmark = train.choose_device(), prepare.load_benchmark()
+    setup = dtype, _, compiled = (torch.float32, train.banded, False) if plain else train.set_up(device)
+    rows, accumulation = train.find_batch(benchmark, device, *setup)
+    model = train.build_model(benchmark, device, *setup)
+    optimizers = train.build_optimizers(model)
     T = benchmark.max_seq_len
-    rows = max(1, min(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE // T))
-    accumulation = max(1, round(train.TOTAL_BATCH_SIZE / (rows * T)))
     loader = prepare.make_dataloader(benchmark, "train", rows, device)
     table = benchmark.rows("train")
 
@@ -54,7 +42,7 @@ def segment(plain):
         start, steps = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
             batches = [batch() for _ in range(accumulation)]
-            train.train_step(model, optimizer, batches, 0.1)
+            train.train_step(model, optimizers, batches, 0.1)
             steps += 1
             if steps % 10 == 0:
                 prepare.synchronize(device)
@@ -62,18 +50,23 @@ def segment(plain):
         return steps * accumulation * rows * T / (time.perf_counter() - start)
 
     def optimizer_share(steps=50):
-        def timed():
-            nonlocal spent
-            prepare.synchronize(device)
-            start = time.perf_counter()
-            step()
-            prepare.synchronize(device)
-            spent += time.perf_counter() - start
+        def timed(step):
+            def call():
+                nonlocal spent
+                prepare.synchronize(device)
+                start = time.perf_counter()
+                step()
+                prepare.synchronize(device)
+                spent += time.perf_counter() - start
 
-        spent, step, optimizer.step = 0.0, optimizer.step, timed
+            return call
+
+        spent = 0.0
+        for optimizer in optimizers:
+            optimizer.step = timed(optimizer.step)
         start = time.perf_counter()
         for _ in range(steps):
-            train.train_step(model, optimizer, [batch() for _ in range(accumulation)], 0.1)
+            train.train_step(model, optimizers, [batch() for _ in range(accumulation)], 0.1)
         return spent / (time.perf_counter() - start)
 
     run(2)
@@ -93,7 +86,7 @@ def segment(plain):
                 "tokens": speed,
                 "peak": model.flops_per_token() * speed / peak,
                 "optimizer": optimizer_share(),
-                "what": f"{prepare.device_name(device)}, {dtype}, compiled: {bool(train.COMPILE)}",
+                "what": f"{prepare.device_name(device)}, {dtype}, compiled: {compiled}",
             }
         )
     )

@@ -32,21 +32,21 @@ def sit(benchmark, model, batch_size=8):
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in dict(DEPTH=2, MODEL_DIM=64, HEAD_DIM=16, SHORT_WINDOW=1 / 8, BACK_END=train.sdpa).items():
+    for name, value in dict(DEPTH=2, MODEL_DIM=64, HEAD_DIM=16, SHORT_WINDOW=1 / 8).items():
         monkeypatch.setattr(train, name, value)
 
 
-def build(benchmark, dtype=torch.float32):
+def build(benchmark, dtype=torch.float32, attention=train.banded):
     """The model of train.py, with something in all of its weights, as after a training."""
     torch.manual_seed(0)
-    model = train.build_model(benchmark, CPU, dtype)
+    model = train.build_model(benchmark, CPU, dtype, attention)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn_like(weight, dtype=torch.float32).to(weight.dtype))
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Looking ahead
 
 
@@ -62,20 +62,19 @@ def window_off_by_one(q, k, v, window):
 
 
 def one_head_unmasked(q, k, v, window):
-    honest, leaky = train.sdpa(q, k, v, window), unmasked(q, k, v, window)
+    honest, leaky = train.banded(q, k, v, window), unmasked(q, k, v, window)
     return torch.cat([honest[:, :, :-1], leaky[:, :, -1:]], dim=2)
 
 
 def tiny_unmasked(q, k, v, window):
-    return train.sdpa(q, k, v, window) + 1e-3 * unmasked(q, k, v, window)
+    return train.banded(q, k, v, window) + 1e-3 * unmasked(q, k, v, window)
 
 
 @pytest.mark.parametrize("attention", [unmasked, window_off_by_one, one_head_unmasked, tiny_unmasked])
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_attention_that_looks_ahead(small, benchmark, monkeypatch, attention, batch_size):
-    monkeypatch.setattr(train, "BACK_END", attention)
+def test_attention_that_looks_ahead(small, benchmark, attention, batch_size):
     with pytest.raises(RuntimeError, match="the model sees the future: logits at position"):
-        sit(benchmark, build(benchmark), batch_size)
+        sit(benchmark, build(benchmark, attention=attention), batch_size)
 
 
 class Wrapped(nn.Module):
@@ -137,7 +136,7 @@ def test_the_probe_sees_a_rare_leak_in_almost_every_run(small, benchmark):
     assert found >= 19
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Other rows, and memory of what was scored before
 
 
@@ -200,7 +199,7 @@ def test_weights_that_change_during_the_scoring(benchmark):
         sit(benchmark, model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Numbers that are no logits
 
 
@@ -233,7 +232,7 @@ def test_no_logits(small, benchmark, spoil):
         sit(benchmark, lambda inputs: spoil(model(inputs)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # The clock and the exam, in this process
 
 
@@ -315,7 +314,7 @@ def test_easier_rows(benchmark, home, moment):
             prepare.evaluate_bpb(uniform, loaded, 8, clock)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # An edited train.py or prepare.py, run as an agent runs it; what is not refused shows in the audit
 
 
@@ -369,7 +368,7 @@ def test_training_on_holdout_rows(attempt):
 def test_training_before_start(attempt):
     line = "    clock.start()\n"
     free = "    for _ in range(5):\n        inputs, targets, epoch = next(loader)\n"
-    free += "        train_step(model, optimizer, [(inputs, targets)], 0.0)\n"
+    free += "        train_step(model, optimizers, [(inputs, targets)], 0.0)\n"
     result, findings = attempt(("train.py", line, free + line))
     assert result.returncode == 0 and any("outside of the timed part" in f for f in findings)
 
@@ -380,7 +379,7 @@ def test_training_in_a_thread_beyond_stop(attempt):
     def more():
         while True:
             inputs, targets, _ = next(other)
-            train_step(model, optimizer, [(inputs, targets)], 0.5)
+            train_step(model, optimizers, [(inputs, targets)], 0.5)
 
     other = make_dataloader(benchmark, "train", rows, device)
     threading.Thread(target=more, daemon=True).start()
@@ -413,7 +412,7 @@ def test_an_edited_prepare(attempt, old, new):
     assert result.returncode == 0 and "prepare.py was not the one that prepared the benchmark" in findings
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # What only the ledger tells
 
 
@@ -442,7 +441,7 @@ def test_an_implausible_gain(cells):  # noqa: F811
     assert [f for *_, f in found["findings"]] == ["a gain of 19.0% in one step: look for a bug, run it again"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Honest models
 
 
@@ -534,9 +533,8 @@ def test_honest_models_are_scored(small, benchmark, kind):
         assert 0.5 < sit(benchmark, model) < 60
 
 
-def test_honest_masks_are_scored(small, benchmark, monkeypatch):
-    monkeypatch.setattr(train, "BACK_END", plain_mask)
-    assert sit(benchmark, build(benchmark)) < 60
+def test_honest_masks_are_scored(small, benchmark):
+    assert sit(benchmark, build(benchmark, attention=plain_mask)) < 60
 
 
 def test_noisy_models_pass_many_probes(benchmark):

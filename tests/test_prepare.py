@@ -38,7 +38,7 @@ def story_numbers(benchmark, split):
     return {int(words.split(":")[0]) for words in text.split("Story ")[1:] if words.split(":")[0].isdecimal()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # local
 
 
@@ -98,7 +98,7 @@ def test_records_and_skipped_files(home, tmp_path):
         prepare.main(["--text", str(tmp_path / "lines.jsonl"), *TINY])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # climbmix and tinystories, from a server on this machine
 
 
@@ -203,7 +203,7 @@ def test_download_fails_with_a_name(hub, fault, message):
     assert not (prepare.HOME / "downloads" / "climbmix" / victim.name).exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # bad input: one line, a non-zero exit code, nothing that a later run would take for whole
 
 

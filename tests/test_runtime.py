@@ -40,7 +40,7 @@ def clock(benchmark):
     clock.lock.release()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Dataloader
 
 
@@ -53,6 +53,7 @@ def test_every_row_once_an_epoch_in_another_order(benchmark):
         assert {epoch for *_, epoch in batches} == {number}
         inputs = torch.cat([inputs for inputs, *_ in batches])
         targets = torch.cat([targets for _, targets, _ in batches])
+        assert all(part.is_contiguous() for batch in batches for part in batch[:2])  # so that view(-1) works
         assert inputs.dtype == torch.int64 and inputs.shape == (40, 64)
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
         whole = torch.cat([inputs, targets[:, -1:]], dim=1).numpy()
@@ -103,7 +104,7 @@ def test_a_dropped_loader_leaves_no_thread(benchmark):
     assert threading.active_count() <= before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Clock
 
 
@@ -129,6 +130,14 @@ def test_progress_ends_at_one(benchmark, monkeypatch):
     clock.started -= 3.1
     assert clock.expired() and clock.progress == 1
     clock.lock.release()
+
+
+@pytest.mark.parametrize(
+    ("steps", "percent"), [([], 0), ([2], 0), ([1, 1, 1, 1], 0), ([1, 1, 3, 1, 2], 62.5), ([1, 1.4], 0)]
+)
+def test_slow_steps_are_those_of_more_than_one_and_a_half_medians(clock, steps, percent):
+    clock.ticks = list(itertools.accumulate(steps))
+    assert clock.slow_steps_percent == pytest.approx(percent)
 
 
 def test_second_training_on_the_device_is_refused(benchmark):
@@ -158,7 +167,7 @@ def test_unfair_runs_are_not_scored(benchmark, fault):
     prepare.TrainingClock(benchmark, "cpu").lock.release()  # the device is free again
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Metric
 
 
@@ -267,7 +276,7 @@ def test_the_model_cannot_reach_the_targets(benchmark, clock):
     prepare.evaluate_bpb(greedy, benchmark, 8, clock)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Journal and best weights
 
 
