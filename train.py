@@ -74,7 +74,6 @@ WARMDOWN_RATIO = 0.75  # last share of the run, over which the rates fall ...
 FINAL_LR_FRAC = 0.05  # ... to this share of themselves
 # machine
 COMPILE = True  # torch.compile
-LOSS_PARTS = 1 if GPU else 4  # of the rows, in turn: their logits stay in a CPU's cache
 
 # --------------------------------------
 # Model. Shapes: B rows, T tokens, D model width, H heads, K = D / H, V vocabulary
@@ -149,14 +148,9 @@ class GPT(nn.Module):
     def loss(self, x, inputs, targets):
         """The mean cross-entropy of `logits`, for which the pointer needs the target alone."""
         x = norm(x)
-        losses = []
-        for part, ids in zip(x.chunk(LOSS_PARTS), targets.chunk(LOSS_PARTS)):
-            logits = self.head(part)
-            target = (
-                torch.arange(logits.size(-1), device=x.device) == ids[..., None]
-            )  # unlike gather, no scatter backward
-            losses.append(logits.logsumexp(-1) - logits.where(target, 0).sum(-1))
-        losses = torch.cat(losses)
+        logits = self.head(x)
+        target = torch.arange(logits.size(-1), device=x.device) == targets[..., None]  # a gather has a scatter backward
+        losses = logits.logsumexp(-1) - logits.where(target, 0).sum(-1)
         if self.pointer is not None:
             weights, odds = self.pointer(x)
             odds = odds[..., 0]

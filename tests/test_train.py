@@ -16,7 +16,7 @@ KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_
 device benchmark seed compiled attention batch slow_steps_percent""".split()
 CPU = torch.device("cpu")
 TINY = dict(DEPTH=5, MODEL_DIM=64, HEAD_DIM=32, GATE_CHANNELS=16, NGRAM_ROWS=2**12, COMPILE=False)
-TINY |= dict(POINTER=True, LOGIT_CAP=None, LOSS_PARTS=4)
+TINY |= dict(POINTER=True, LOGIT_CAP=None)
 
 
 def set_constants(monkeypatch, **constants):
@@ -33,7 +33,7 @@ def small(monkeypatch):
 @pytest.fixture(params=["GPU", "CPU"])
 def both(request, monkeypatch):
     """The choices of a GPU and those of a CPU, in a size for tests."""
-    set_constants(monkeypatch, **(dict(POINTER=False, LOGIT_CAP=15.0, LOSS_PARTS=1) if request.param == "GPU" else {}))
+    set_constants(monkeypatch, **(dict(POINTER=False, LOGIT_CAP=15.0) if request.param == "GPU" else {}))
 
 
 def shape(vocab_size=512, max_seq_len=64):
