@@ -40,7 +40,7 @@ NGRAM_ROWS = 2**22 if GPU else 2**17  # of the table of n-grams, D / 2 floats ea
 TOTAL_BATCH_SIZE = 2**18 if GPU else 2**12  # tokens per optimizer step
 DEVICE_BATCH_SIZE = 128 if GPU else 16  # rows per forward pass, halved until they fit in memory
 # model
-WINDOW_PATTERN = "SSSSL"  # per block, repeated: S short window, L all; the last block is L
+WINDOW_PATTERN = "SSSSL"  # per block, repeated: S short window, L all; the last block, of two the second, is L
 SHORT_WINDOW = 1 / 8  # of the row: earlier tokens that an S block sees
 MLP_RATIO = 4  # hidden width of the MLP / D
 GATE_CHANNELS = 32  # channels of x that drive the value gates
@@ -409,7 +409,7 @@ class RowwiseRMSprop(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for weight in self.param_groups[0]["params"]:
+        for weight, lr in ((weight, group["lr"]) for group in self.param_groups for weight in group["params"]):
             if weight.grad is None:
                 continue
             grad = weight.grad.coalesce()
@@ -419,7 +419,7 @@ class RowwiseRMSprop(torch.optim.Optimizer):
             squares = self.state[weight]["squares"]
             squares[rows] = mean = squares[rows].lerp(values.square().mean(dim=1, keepdim=True), 1 - ADAM_BETAS[1])
             values.div_(mean.sqrt() + ADAM_EPS)
-            weight.add_(grad, alpha=-self.param_groups[0]["lr"])
+            weight.add_(grad, alpha=-lr)
 
 
 def build_optimizers(model):
@@ -473,7 +473,7 @@ def set_schedules(optimizers, progress):
         if "momentum" in group:  # Muon's
             start, end = MUON_MOMENTUM
             group["momentum"] = start + (end - start) * min(1.0, progress / MOMENTUM_RAMP)
-            group["weight_decay"] = MATRIX_DECAY * (1 - progress)
+            group["weight_decay"] = group.setdefault("initial_decay", group["weight_decay"]) * (1 - progress)
 
 
 # --------------------------------------
