@@ -1,36 +1,43 @@
 """
-The exam: data, tokenizer, dataloader, training clock and metric. It is fixed: the agent edits train.py only.
+The fixed harness: data, tokenizer, dataloader, training clock and metric. The agent edits train.py only.
 
     uv run prepare.py                                   # once: build the benchmark that suits this machine
     uv run prepare.py --dataset local --text notes/     # or one from your own text; --help lists every flag
+    uv run prepare.py --status                          # where the night stands
 
 A benchmark is a folder under $AUTORESEARCH_HOME (default ~/.cache/autoresearch): a tokenizer, packed rows of tokens for
 training, validation and a holdout, and benchmark.json with the constants that make two runs comparable. All of it is
-settled when it is prepared: nothing in the environment or in train.py changes a prepared exam.
+settled when it is prepared: nothing in the environment or in train.py changes it.
 
 The metric is val_bpb, bits per byte of the validation text, lower is better. It does not depend on the vocabulary.
 
-Sections: Constants, Benchmark, Text, Download, Tokenizer, Packing, Build, Dataloader, Clock, Metric, Command line
+Sections: Constants, Benchmark, Text, Download, Tokenizer, Packing, Build, Dataloader, Clock, Metric, Journal, Status,
+Command line
 """
 
 import argparse
 import base64
+import csv
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from bisect import bisect_right, insort
-from collections import Counter, deque
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,8 +65,8 @@ PRESETS = {
 # fmt: on
 FILES = {"tokenizer.tiktoken", "token_bytes.npy", "train.npy", "val.npy", "holdout.npy"}
 REPOSITORIES = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
+TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
 VALIDATION_SHARD = 6542  # climbmix: the last shard, never trained on
-TINYSTORIES_FILES = ["tinystories_gpt4_clean.parquet"]
 DEFAULT_SHARDS = 10
 SEED = 42
 
@@ -70,16 +77,15 @@ SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # after the merges; th
 TOKENIZER_CHARACTERS = 1_000_000_000  # of training text for the tokenizer, at most ...
 TOKENIZER_DOCUMENT_CHARACTERS = 10_000  # ... and this many of one document
 
-GATHER_ROWS = 128  # that the dataloader gathers at a time, or one batch
-
 PACKING_BUFFER = 1_000  # documents that best-fit packing chooses from
 DOCUMENT_BATCH = 128  # documents that enter that buffer together
 
 FLASH3 = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # with `version` it is not found offline
 FLASH3_CAPABILITIES = ((8, 0), (9, 0))  # A100 and H100: on others it calls exit(1)
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
-RECORD_SUFFIXES = (".jsonl", ".parquet")  # files of many documents
+LOCAL_PACKAGES = ("torch", "sympy", "numpy", "networkx")  # the default text, with the standard library
+LOCAL_SKIPPED = ("test", "tests", "idle_test", "site-packages", "dist-packages")
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")  # the last two hold many documents
 FEW_GROUPS = 10  # with fewer groups of local text than this, files are cut into blocks of ...
 BLOCK_CHARACTERS = 65_536  # ... this size, each a group of its own
 TOO_SMALL = "text too small: add some, or lower --val-rows and --holdout-rows, which leave nothing to train on"
@@ -90,18 +96,21 @@ DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 RETRY_SECONDS = 1.0  # before the second attempt; doubles with each
 
 LATE_LIMIT = 1.1  # a run that trained for longer than this many budgets is not scored
-CLOCK_ERROR = 1.0  # seconds that file time stamps may be ahead of Python's clock, and ...
-CLOCK_DRIFT = 0.01  # ... this share of the run
-MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
-PROBE_ROWS = 8  # rows whose future the probe replaces ...
-PROBE_ROUNDS = 4  # ... at this many cuts each
-PROBE_REPEATS = 3  # a leak moves logits every time, chance does not
-PROBE_NOISE = 1e-4  # rounding may move logits by this share of their standard deviation ...
-PROBE_MARGIN = 3  # ... and by so many times what other rows alone move them by
-MIXED_SHARE = 0.05  # but if those move them by more than this, at more than ...
-MIXED_POSITIONS = 0.01  # ... this share of the positions, the model sees other rows
-SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
+CLOCK_ERROR = 1.0  # seconds that the system's clock may be ahead of Python's
 SLOW_STEP = 1.5  # a step that took so many medians was disturbed
+MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
+SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
+
+PROBE_CUTS = 200  # futures that the probe replaces, or T / 4 if that is more
+PROBE_CONTROLS = 4  # times that it changes other rows only
+PROBE_REPEATS = 4  # a leak moves logits every time, chance does not
+PROBE_NOISE = 1e-4  # rounding may move logits by this share of their standard deviation ...
+PROBE_MARGIN = 3  # ... and by so many times what was seen without a new future
+MOVED_SHARE = 0.05  # but if they move by more than this without one, at more than ...
+MOVED_POSITIONS = 0.01  # ... this share of the positions, it is no rounding
+
+# What Python, torch and the system read for themselves (see watch_files)
+LIBRARIES = (sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/", "/etc/", "/usr/", str(HOME / "compiled"), "<")
 
 
 # --------------------------------------
@@ -110,7 +119,7 @@ SLOW_STEP = 1.5  # a step that took so many medians was disturbed
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One prepared exam: the constants of benchmark.json, where it lies, and the seed of this run."""
+    """One prepared benchmark: the constants of benchmark.json, where it lies, and the seed of this run."""
 
     id: str
     name: str  # climbmix, tinystories or local
@@ -128,8 +137,7 @@ class Benchmark:
     def rows(self, split):
         """The packed rows of "train", "val" or "holdout": uint16 [rows, T + 1], memory-mapped, read-only."""
         rows = open_rows(self.path, split)
-        if split != "train":
-            self.rows_served[split] += len(rows)
+        self.rows_served[split] += len(rows)
         return rows
 
     def token_bytes(self):
@@ -137,91 +145,71 @@ class Benchmark:
         return np.load(self.path / "token_bytes.npy")
 
 
-def load_benchmark(read_everything=False):
+def load_benchmark():
     """
     The benchmark that prepare.py built or chose last. Its seed is 42, or $AUTORESEARCH_SEED to repeat the same file.
 
-    Raises SystemExit, with a line that says how to mend it, if there is none or if it was changed or is not whole. Of
-    the training rows only the size is checked, if not `read_everything`.
+    Raises SystemExit, with a line that says how to fix it, if there is none or if a file is missing or modified. Of the
+    training rows only the size is checked; `uv run prepare.py` with the same arguments checks, and fixes, every byte.
     """
     try:
-        return open_benchmark(HOME / Path((HOME / "current").read_text().strip()).name, read_everything)
+        return open_benchmark(HOME / Path((HOME / "current").read_text().strip()).name)
     except FileNotFoundError:
         raise SystemExit('no benchmark prepared: run "uv run prepare.py" first') from None
 
 
-def open_benchmark(path, read_everything=False):
-    try:
-        record = json.loads((path / "benchmark.json").read_text())
-    except ValueError:
-        record, reason = {}, "benchmark.json is not valid JSON"
-    else:
-        reason = find_damage(path, record, read_everything)
-    if reason:
-        command = f"uv run prepare.py {record.get('arguments', '')}".strip()
-        raise SystemExit(f'benchmark {path.name} is damaged: {reason}; run "{command}" again, which mends it')
-    seed = os.environ.get("AUTORESEARCH_SEED", str(SEED))
+def open_benchmark(path):
+    record, seed = read_record(path), os.environ.get("AUTORESEARCH_SEED", str(SEED))
     if not seed.isdecimal():
         raise SystemExit(f"AUTORESEARCH_SEED={seed}: must be a whole number")
-    return Benchmark(
-        id=record["id"],
-        name=record["dataset"],
-        path=path,
-        seed=int(seed),
-        prepared_by=record["prepare_sha256"],
-        **record["settings"],
-    )
+    settings, prepared_by = record["settings"], record["prepare_sha256"]
+    return Benchmark(record["id"], record["dataset"], **settings, path=path, seed=int(seed), prepared_by=prepared_by)
+
+
+def read_record(path, every_byte=False):
+    """benchmark.json of a prepared folder. Raises SystemExit, with the command that fixes it, if a file is damaged."""
+    record, damaged = {}, "benchmark.json"
+    try:
+        record = json.loads((path / "benchmark.json").read_text())
+        intact = benchmark_id(record) == record["id"] == path.name
+        if intact and set(record["settings"]) == set(SETTINGS) and set(record["files"]) == FILES:
+            for damaged, file in record["files"].items():
+                size = (path / damaged).stat().st_size if (path / damaged).is_file() else None
+                hashed = every_byte or damaged != "train.npy"
+                if size != file["bytes"] or hashed and sha256(path / damaged) != file["sha256"]:
+                    break
+                if damaged.endswith(".npy"):
+                    np.load(path / damaged, mmap_mode="r")
+            else:
+                return record
+    except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, other JSON, no array
+        pass
+    command = f"uv run prepare.py {record.get('arguments', '') if isinstance(record, dict) else ''}".strip()
+    raise SystemExit(f'benchmark {path.name}: {damaged} is missing or modified; run "{command}" again, which fixes it')
 
 
 def open_rows(path, split):
     return np.load(path / f"{split}.npy", mmap_mode="r")
 
 
-def find_damage(path, record, read_everything):
-    """What is wrong with a prepared benchmark, or None."""
-    try:
-        if not benchmark_id(record) == record["id"] == path.name:
-            return "benchmark.json was changed after it was prepared"
-        settings = record["settings"]
-        if set(settings) != set(SETTINGS) or set(record["files"]) != FILES:
-            return "benchmark.json names other things than prepare.py writes"
-        for name, file in record["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if (path / name).stat().st_size != file["bytes"]:
-                return f"{name} has {(path / name).stat().st_size} bytes instead of {file['bytes']}"
-            if (read_everything or name != "train.npy") and sha256(path / name) != file["sha256"]:
-                return f"{name} was changed after it was prepared"
-        for split, count in row_counts(record).items():
-            rows = open_rows(path, split)
-            if rows.dtype != np.uint16 or rows.shape != (count, settings["max_seq_len"] + 1):
-                return f"{split}.npy has other rows than benchmark.json says"
-    except (KeyError, TypeError, AttributeError):
-        return "benchmark.json is incomplete"
-    except ValueError as error:  # numpy loads no pickles
-        return f"not an array ({first_line(error)})"
-
-
-def row_counts(record):
-    settings = record["settings"]
-    return {"train": record["counts"]["train_rows"], "val": settings["val_rows"], "holdout": settings["holdout_rows"]}
-
-
 def benchmark_id(record):
-    """Same id, same exam: it hashes every constant and the content of every file."""
+    """Same id, same benchmark: it hashes every constant and the content of every file."""
     content = json.dumps([record["dataset"], record["settings"], record["files"]], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    settings = record["settings"]
-    sizes = f"T{settings['max_seq_len']}-V{settings['vocab_size']}-{settings['time_budget']:g}s"
+    sizes = "T{max_seq_len}-V{vocab_size}-{time_budget:g}s".format(**record["settings"])
     return f"{record['dataset']}-{sizes}-{digest}"
 
 
 def sha256(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
+        digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Progress:
@@ -259,113 +247,91 @@ def parquet_batches(path):
 
 
 def jsonl_batches(path):
-    """Documents of the `text` field of every line, at most DOCUMENT_BATCH at a time."""
+    """The `text` fields of a file's lines, DOCUMENT_BATCH lines at a time."""
     with open(path, "rb") as lines:
-        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        numbered = enumerate(lines, 1)
         while some := list(itertools.islice(numbered, DOCUMENT_BATCH)):
             batch = []
             for number, line in some:
                 try:
-                    batch.append(json.loads(line)["text"] + "")
-                except (ValueError, KeyError, TypeError):
+                    if line.strip():
+                        batch.append(json.loads(line)["text"].encode(errors="replace").decode())  # no lone surrogates
+                except (ValueError, KeyError, TypeError, AttributeError):
                     raise SystemExit(f"{path}:{number}: not a JSON object with a string `text`") from None
             yield batch
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class LocalText:
+def find_text(paths):
     """
-    Text files of the user's own, or by default the running Python's standard library without its test folders.
-
-    `batches()` yields a batch per group: a top-level package, folder or lone file, in the order of a hash of its name,
-    so that validation text is not a near-copy of training text. Records of .jsonl and .parquet files stand alone.
-    Exact duplicates are dropped; what is not UTF-8 or can't be read is skipped; both are counted in `counts`.
+    The text files under the user's paths by group, {name: files}: top-level folders and lone files. Without paths: the
+    Python source of the standard library and of LOCAL_PACKAGES, without their tests. Groups come in the order of a hash
+    of their name; validation takes the first ones.
     """
-
-    def __init__(self, paths):
-        self.groups = {}  # name -> files
-        self.counts = Counter()
-        skipped = ()
-        if not paths:
-            paths = [sysconfig.get_path("stdlib")]
-            skipped = ("test", "tests", "idle_test", "site-packages", "dist-packages")
-        for root in map(Path, paths):
-            if root.is_file():
-                self.groups.setdefault(root.name, []).append(root)
-            elif root.is_dir():
-                self.walk(root, skipped)
-            else:
-                raise SystemExit(f"--text {root}: no such file or folder")
-        if not self.groups:
-            raise SystemExit(f"--text {' '.join(map(str, paths))}: no {' '.join(TEXT_SUFFIXES)} file in there")
-        self.groups = dict(sorted(self.groups.items(), key=lambda group: hashlib.sha256(group[0].encode()).digest()))
-        self.in_blocks = len(self.groups) < FEW_GROUPS
-
-    def walk(self, root, skipped):
+    groups, skipped, suffixes = {}, (), TEXT_SUFFIXES
+    roots = [("", Path(path)) for path in paths]
+    if not paths:
+        skipped, suffixes = LOCAL_SKIPPED, (".py",)
+        roots = [(f"{name}/", Path(importlib.util.find_spec(name).origin).parent) for name in LOCAL_PACKAGES]
+        roots.append(("", Path(sysconfig.get_path("stdlib"))))
+    for prefix, root in roots:
+        if not root.exists():
+            raise SystemExit(f"--text {root}: no such file or folder")
+        if root.is_file():
+            groups.setdefault(root.name, []).append(root)
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = sorted(s for s in subfolders if s not in skipped and s[0] != "." and s != "__pycache__")
             for file in (Path(folder, name) for name in sorted(names)):
-                wanted = file.suffix == ".py" if skipped else file.suffix in TEXT_SUFFIXES and file.name[0] != "."
-                if wanted and file.is_file():
-                    self.groups.setdefault(file.relative_to(root).parts[0], []).append(file)
+                if file.suffix in suffixes and file.name[0] != "." and file.is_file():
+                    groups.setdefault(prefix + file.relative_to(root).parts[0], []).append(file)
+    if not groups:
+        raise SystemExit(f"--text {' '.join(paths)}: no {' '.join(TEXT_SUFFIXES)} file in there")
+    return dict(sorted(groups.items(), key=lambda group: hashlib.sha256(group[0].encode()).digest()))
 
-    def fingerprint(self):
-        """Changes when a file is added, removed or touched. Reads no content."""
-        files = [file for files in self.groups.values() for file in files]
-        stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return hashlib.sha256(repr(stats).encode()).hexdigest()
 
-    def batches(self):
-        self.counts.clear()
-        seen = set()
-        for files in self.groups.values():
-            group = []
-            for file in files:
-                if file.suffix in RECORD_SUFFIXES:
-                    for batch in parquet_batches(file) if file.suffix == ".parquet" else jsonl_batches(file):
-                        yield self.distinct(batch, seen)
-                    continue
-                try:
-                    text = file.read_bytes().decode()  # no newline translation: bytes are counted as they are
-                except (OSError, UnicodeDecodeError):
-                    self.counts["skipped files"] += 1
-                    continue
-                if self.in_blocks:
-                    yield from ([block] for block in self.distinct(blocks(text), seen))
-                else:
-                    group += self.distinct([text], seen)
-            yield group
+def local_batches(groups, counts):
+    """
+    A batch per group, so that validation text is not a near-copy of training text; or per block of text if there are
+    few groups. Records of .jsonl and .parquet files stand alone. Exact duplicates are dropped, files that can't be read
+    or are not UTF-8 are skipped, and both are counted.
+    """
+    counts.clear()
+    seen = set()
 
-    def distinct(self, texts, seen):
-        """The texts that are neither empty nor seen before."""
+    def distinct(texts):
         fresh = []
-        for text in texts:
-            try:
-                digest = hashlib.sha256(text.encode()).digest()[:16]
-            except UnicodeEncodeError:  # a lone surrogate, which only JSON can spell
-                self.counts["skipped documents"] += 1
-                continue
-            if digest in seen or not text:
-                self.counts["duplicates"] += 1
-                continue
+        for text in filter(None, texts):
+            digest = hashlib.sha256(text.encode()).digest()[:16]
+            counts["duplicates" if digest in seen else "documents"] += 1
+            fresh += [] if digest in seen else [text]
             seen.add(digest)
-            self.counts["documents"] += 1
-            fresh.append(text)
         return fresh
+
+    for files in groups.values():
+        group = []
+        for file in files:
+            if file.suffix in (".jsonl", ".parquet"):
+                yield from map(distinct, jsonl_batches(file) if file.suffix == ".jsonl" else parquet_batches(file))
+                continue
+            try:
+                text = file.read_bytes().decode()  # no newline translation: bytes are counted as they are
+            except (OSError, UnicodeDecodeError):
+                counts["skipped files"] += 1
+                continue
+            if len(groups) < FEW_GROUPS:
+                yield from (distinct([block]) for block in blocks(text))
+            else:
+                group += distinct([text])
+        yield group
 
 
 def blocks(text):
     """Cut a text into blocks of BLOCK_CHARACTERS and what is left of the line, or twice as many in a very long one."""
-    start, cuts = 0, []
+    start = 0
     while start < len(text):
         limit = start + 2 * BLOCK_CHARACTERS
         end = text.find("\n", start + BLOCK_CHARACTERS, limit) + 1 or limit
-        cuts.append(text[start:end])
+        yield text[start:end]
         start = end
-    return cuts
 
 
 # --------------------------------------
@@ -377,90 +343,64 @@ def fetch(dataset, names):
     folder = HOME / "downloads" / dataset
     folder.mkdir(parents=True, exist_ok=True)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        received = Counter()
-        progress = Progress()
-        with ThreadPoolExecutor(DOWNLOAD_WORKERS) as pool:
-            url = f"{endpoint}/datasets/{REPOSITORIES[dataset]}/resolve/main"
-            pending = {pool.submit(download, f"{url}/{name}", folder / name, received) for name in missing}
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
-                    state = f"{len(missing) - len(pending)} of {len(missing)} files"
-                    size = f"{sum(received.values()) / 1e6:,.0f} MB"
-                    progress(f"downloading {dataset}: {state}, {size}", last=not pending)
-            except KeyboardInterrupt:
-                print("interrupted; run this again to go on")
-                os._exit(130)  # at once: a thread that waits for a stalled server would hold the process up
-            except BaseException:
-                received["stop"] = 1  # ends the other downloads; what they have stays for the next time
-                pool.shutdown(cancel_futures=True)
-                raise
+    url = f"{endpoint}/datasets/{REPOSITORIES[dataset]}/resolve/main"
+    stop = threading.Event()  # what other downloads have then stays for the next time
+    with ThreadPoolExecutor(DOWNLOAD_WORKERS) as pool:
+        missing = [name for name in names if not (folder / name).exists()]
+        downloads = [pool.submit(download, f"{url}/{name}", folder / name, stop) for name in missing]
+        try:
+            for count, one in enumerate(as_completed(downloads), 1):
+                print(f"{dataset}: {count} of {len(missing)} files, {one.result().name} is here", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted; run this again to go on")
+            os._exit(130)  # at once: a thread that waits for a stalled server would hold the process up
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
     return [folder / name for name in names]
 
 
-def download(url, path, received):
+def download(url, path, stop):
     """
-    Fetch one parquet file; an interrupted download goes on where it stopped. The name appears only when it is whole.
+    Fetch one parquet file; an interrupted download goes on where it stopped. The name appears only when it is complete.
 
     Raises SystemExit, naming the file and the reason, when DOWNLOAD_ATTEMPTS in a row have failed.
     """
     import requests
 
     part = path.with_name(path.name + ".part")
-    pause = RETRY_SECONDS
     for attempt in range(DOWNLOAD_ATTEMPTS):
-        if attempt:
-            time.sleep(pause + random.random() * RETRY_SECONDS)
-            pause *= 2
-        if received["stop"]:
+        if stop.wait(attempt and RETRY_SECONDS * (2**attempt / 2 + random.random())):
             raise SystemExit("another download failed")
         have = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         try:
             with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
-                if response.status_code == 416:  # nothing lies beyond what we have, so what we have is not this file
-                    part.unlink()
-                    reason = "the part of it that was here did not match"
-                    continue
-                if not response.ok:
-                    reason = f"HTTP {response.status_code} {response.reason}"
-                    if response.status_code < 500 and response.status_code not in (408, 429):
-                        break
-                    if response.headers.get("Retry-After", "").isdecimal():
-                        pause = max(pause, min(60, int(response.headers["Retry-After"])))
-                    continue
-                have = have if response.status_code == 206 else 0
-                length = have + int(response.headers.get("Content-Length", -1))
-                with open(part, "ab" if have else "wb") as file:
-                    for chunk in response.iter_content(1 << 14):
-                        file.write(chunk)
-                        received[path.name] = file.tell()
-                        if received["stop"]:
-                            raise SystemExit("another download failed")
-            size = part.stat().st_size
-            if length >= have and size != length:
-                reason = f"{size} bytes arrived instead of {length}"
-                if size > length:
-                    part.unlink()
-                continue
-            announced = [r.headers.get("X-Linked-ETag", "").strip('"') for r in (*response.history, response)]
-            if any(len(tag) == 64 and tag != sha256(part) for tag in announced):
-                reason = "its sha256 is not the one that the server announced"
-                part.unlink()
-                continue
+                if response.status_code != 416:  # else there is no more than we have
+                    response.raise_for_status()
+                    with open(part, "ab" if response.status_code == 206 else "wb") as file:
+                        for chunk in response.iter_content(1 << 14):
+                            file.write(chunk)
+                            if stop.is_set():
+                                raise SystemExit("another download failed")
+            tags = [reply.headers.get("X-Linked-ETag", "").strip('"') for reply in (*response.history, response)]
+            if any(len(tag) == 64 and tag != sha256(part) for tag in tags):
+                raise SystemExit("its sha256 is not the one that the server announced")
             next(parquet_batches(part), None)
             os.replace(part, path)
-            return
-        except requests.RequestException as error:
+            return path
+        except requests.HTTPError as error:
+            reason = f"HTTP {error.response.status_code} {error.response.reason}"
+            if error.response.status_code < 500 and error.response.status_code not in (408, 429):
+                break
+            retry_after = error.response.headers.get("Retry-After", "")
+            stop.wait(min(60, int(retry_after)) if retry_after.isdecimal() else 0)
+        except requests.RequestException as error:  # also of fewer bytes than announced
             reason = first_line(error)
         except SystemExit as error:
-            if received["stop"]:
+            if stop.is_set():
                 raise
-            part.unlink()  # whole but not a parquet file: nothing to go on from
+            part.unlink()  # complete, but not what it should be
             reason = str(error)
     raise SystemExit(
         f"could not download {url}: {reason}; check the network or name a mirror in HF_ENDPOINT, and run this again "
@@ -622,35 +562,17 @@ def pack(batches, row_length, bos, split):
         yield row
 
 
-def take_rows(batches, count, row_length, bos, split):
-    """Pack as few whole batches as give `count` rows, so that no group of documents is on two sides of a split."""
-    taken, tokens = [], 0
-    for batch in batches:
-        taken.append(batch)
-        tokens += sum(len(document) + 1 for document in batch)
-        if tokens >= count * row_length:
-            rows = list(itertools.islice(pack(taken, row_length, bos, split), count))
-            if len(rows) == count:
-                return rows
-    return []
-
-
 def write_rows(path, rows, row_length):
     """Stream rows into an .npy file; returns how many. The header has room for any count (numpy pads it for that)."""
-
-    def header(count):
-        fields = {"descr": "<u2", "fortran_order": False, "shape": (count, row_length)}
-        np.lib.format.write_array_header_1_0(file, fields)
-
-    progress = Progress()
+    progress, count = Progress(), 0
     with open(path, "wb") as file:
-        header(0)
-        count = 0
+        header = {"descr": "<u2", "fortran_order": False, "shape": (0, row_length)}
+        np.lib.format.write_array_header_1_0(file, header)
         for count, row in enumerate(rows, 1):
             file.write(row.astype("<u2", copy=False))
             progress(f"packing {path.name}: {count:,} rows")
         file.seek(0)
-        header(count)
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (count, row_length)})
     return count
 
 
@@ -658,53 +580,41 @@ def write_rows(path, rows, row_length):
 # Build
 
 
-def build(dataset, settings, local_text, num_shards):
+def build(dataset, settings, groups, num_shards):
     """Write a benchmark's files into the folder .building under HOME. Returns it, and what was counted."""
     folder = HOME / ".building"
     shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed; the lock says that nobody is at it
     folder.mkdir()
-    row_length = settings["max_seq_len"] + 1
+    row_length, split = settings["max_seq_len"] + 1, settings["long_documents"] == "split"
     wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"]}
-    split = settings["long_documents"] == "split"
-    if dataset == "climbmix":  # a shard of its own is scored: one stream of rows, as in the reference project
-        *shards, scored = fetch(dataset, [f"shard_{i:05}.parquet" for i in (*range(num_shards), VALIDATION_SHARD)])
-        read = lambda: itertools.chain.from_iterable(map(parquet_batches, shards))  # noqa: E731
-        tokenizer = Tokenizer.train(read(), settings["vocab_size"])
-        stream = pack(encode_batches(tokenizer, parquet_batches(scored)), row_length, tokenizer.bos_id, split)
-        rows = {name: list(itertools.islice(stream, count)) for name, count in wanted.items()}
-        training = encode_batches(tokenizer, read())
-    else:  # validation takes what it needs from the front of one stream of documents, then holdout, then training
-        read = local_text.batches if local_text else lambda: parquet_batches(fetch(dataset, TINYSTORIES_FILES)[0])
-        for guess in (4 * 2**i for i in itertools.count()):  # characters per token
-            reserved = count_batches(read(), sum(wanted.values()) * row_length * guess)
-            tokenizer = Tokenizer.train(itertools.islice(read(), reserved, None), settings["vocab_size"])
-            taken = itertools.count()
-            training = (batch for batch, _ in zip(encode_batches(tokenizer, read()), taken))
-            rows = {name: take_rows(training, n, row_length, tokenizer.bos_id, split) for name, n in wanted.items()}
-            if next(taken) <= reserved:
-                break  # else the tokenizer has seen text that is scored: set more aside, until nothing is left
-
-    documents = 0
-
-    def counted():
-        nonlocal documents
-        for batch in training:
-            documents += len(batch)
-            yield batch
-
+    counts = Counter()
+    if dataset == "local":
+        read = lambda: local_batches(groups, counts)  # noqa: E731
+    else:
+        shards = [f"shard_{i:05}.parquet" for i in (VALIDATION_SHARD, *range(num_shards))]
+        files = fetch(dataset, shards if dataset == "climbmix" else [TINYSTORIES_FILE])
+        read = lambda: itertools.chain.from_iterable(map(parquet_batches, files))  # noqa: E731
+    shard = sum(1 for _ in parquet_batches(files[0])) if dataset == "climbmix" else 0  # batches
+    characters = 5 * sum(wanted.values()) * row_length  # a guess, until it was enough
+    while True:  # what is scored comes first: a shard, or the front of the text
+        reserved = shard or count_batches(read(), characters)
+        tokenizer = Tokenizer.train(itertools.islice(read(), reserved, None), settings["vocab_size"])
+        scored = encode_batches(tokenizer, itertools.islice(read(), reserved))
+        scored = pack(scored, row_length, tokenizer.bos_id, split)
+        rows = {name: list(itertools.islice(scored, count)) for name, count in wanted.items()}
+        if shard or len(rows["holdout"]) == wanted["holdout"]:
+            break
+        characters *= 2
+    training = encode_batches(tokenizer, itertools.islice(read(), reserved, None))
+    rows["train"] = pack(training, row_length, tokenizer.bos_id, split)
     tokenizer.save(folder)
-    np.save(folder / "token_bytes.npy", tokenizer.token_bytes())
-    rows["train"] = pack(counted(), row_length, tokenizer.bos_id, split)
+    token_bytes = tokenizer.token_bytes()
+    np.save(folder / "token_bytes.npy", token_bytes)
     written = {name: write_rows(folder / f"{name}.npy", rows[name], row_length) for name in rows}
     if any(written[name] < count for name, count in (*wanted.items(), ("train", 1))):
         raise SystemExit(TOO_SMALL)
-    scored_ids = np.concatenate(rows["val"])
-    return folder, {
-        "train_documents": documents,
-        "train_rows": written["train"],
-        "bytes_per_token": round(float(tokenizer.token_bytes()[scored_ids].sum() / len(scored_ids)), 3),
-        **(local_text.counts if local_text else {}),
-    }
+    bytes_per_token = round(float(token_bytes[np.concatenate(rows["val"])].mean()), 3)
+    return folder, {"train_rows": written["train"], "bytes_per_token": bytes_per_token, **counts}
 
 
 def count_batches(batches, characters):
@@ -716,17 +626,17 @@ def count_batches(batches, characters):
     raise SystemExit(TOO_SMALL)
 
 
-def install(folder, request, settings, counts, arguments):
-    """Move a finished build to its place and make it the current benchmark. benchmark.json comes last."""
+def install(folder, dataset, settings, counts, arguments):
+    """Move a finished build to its place. benchmark.json comes last. Returns the record in it."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    record = {"dataset": request["dataset"], "settings": settings, "files": files, "counts": counts}
-    record = {"id": benchmark_id(record), **record, "request": request, "arguments": arguments}
-    record |= {"prepare_sha256": sha256(__file__), "prepared": now()}
+    record = {"dataset": dataset, "settings": settings, "files": files, "counts": counts, "arguments": arguments}
+    record |= {"id": benchmark_id(record), "prepared": now(), "prepare_sha256": sha256(__file__)}
     target = HOME / record["id"]
-    target.mkdir(exist_ok=True)  # may hold the same exam, with its journal, built by an older prepare.py
+    target.mkdir(exist_ok=True)  # may hold the same benchmark, with its journal, built by an older prepare.py
     for name in files:
         os.replace(folder / name, target / name)
-    write_atomically(target / "benchmark.json", json.dumps(record, indent=1).encode())
+    write_atomically(target / "benchmark.json", json.dumps(record, indent=1))
+    folder.rmdir()
     return record
 
 
@@ -736,20 +646,8 @@ def now():
 
 def write_atomically(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
+    temporary.write_text(content)
     os.replace(temporary, path)
-
-
-def find_prepared(request):
-    """The record of a whole benchmark that this same prepare.py built for the same request, or None."""
-    for path in sorted(HOME.glob("*/benchmark.json")):
-        try:
-            record = json.loads(path.read_text())
-        except ValueError:
-            continue
-        same = record.get("request") == request and record.get("prepare_sha256") == sha256(__file__)
-        if same and not find_damage(path.parent, record, read_everything=True):
-            return record
 
 
 # --------------------------------------
@@ -760,50 +658,43 @@ def make_dataloader(benchmark, split, batch_size, device):
     """
     Endless batches of "train" or "val": (inputs, targets, epoch), int64 [B, T] on `device`, targets one token ahead.
 
-    Rows come in an order shuffled per epoch by the benchmark's seed; epochs count from 1. The next rows are gathered in
-    a thread meanwhile. On CUDA they wait in pinned memory of their own, which torch does not hand out again before the
-    copy from it is done. Raises ValueError for another split or a batch size below 1.
+    Rows come in an order shuffled per epoch by the benchmark's seed; epochs count from 1. The next batch is read in a
+    thread meanwhile. On CUDA it waits in pinned memory of its own, which torch does not hand out again before the copy
+    from it is done. Raises ValueError for another split or a batch size below 1.
     """
     if split not in ("train", "val"):
         raise ValueError(f'no dataloader for "{split}": take "train" or "val"')
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: must be at least 1")
-    device = torch.device(device)
-    rows = benchmark.rows(split)
+    rows = open_rows(benchmark.path, split)
 
     def shuffled():
         for epoch in itertools.count(1):
             for index in np.random.default_rng((benchmark.seed, epoch)).permutation(len(rows)):
                 yield index, epoch
 
-    def gather():  # several small batches at a time: a thread has a price
-        count = max(1, GATHER_ROWS // batch_size)
-        indices, epochs = zip(*itertools.islice(order, count * batch_size))
+    def read_batch():
+        indices, epochs = zip(*itertools.islice(order, batch_size))
         batch = read(rows, np.array(indices))
-        return batch.pin_memory() if device.type == "cuda" else batch, epochs[::batch_size]
+        return batch.pin_memory() if torch.device(device).type == "cuda" else batch, epochs[0]
 
     def batches():
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(gather)
+            ahead = pool.submit(read_batch)
             while True:
-                gathered, epochs = ahead.result()
-                ahead = pool.submit(gather)
-                for ids, epoch in zip(to_ids(gathered, device).split(batch_size), epochs):
-                    benchmark.rows_served[split] += batch_size
-                    yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), epoch
+                ids, epoch = ahead.result()
+                ahead = pool.submit(read_batch)
+                ids = ids.to(device, non_blocking=True)
+                benchmark.rows_served[split] += batch_size
+                yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), epoch
 
     order = shuffled()
     return batches()
 
 
 def read(rows, index):
-    """A copy of the rows at `index`, an array: int16 [B, T + 1], the same bits as uint16, which fewer devices know."""
-    return torch.from_numpy(rows[index].view(np.int16))
-
-
-def to_ids(batch, device):
-    """What `read` gives, as int64 on `device`."""
-    return batch.to(device, non_blocking=device.type == "cuda").to(torch.int64) & 0xFFFF  # pinned or staged there only
+    """A copy of the rows at `index`, an array: int64 [B, T + 1]."""
+    return torch.from_numpy(rows[index].astype(np.int64))
 
 
 # --------------------------------------
@@ -824,7 +715,7 @@ class TrainingClock:
         self.started = self.stopped = None
         self.scored = False
         self.ticks = []
-        self.lock, self.holder = lock_device(self.device)
+        self.lock = lock_device(self.device)
         self.origin = find_origin()
 
     def start(self):
@@ -833,7 +724,7 @@ class TrainingClock:
             raise RuntimeError("the clock was started before: one clock, one run")
         synchronize(self.device)
         self.rows_before = self.benchmark.rows_served["train"]
-        self.stamp = self.file_time()
+        self.system_started = os.times().elapsed
         self.started = time.monotonic()
 
     def stop(self):
@@ -857,9 +748,7 @@ class TrainingClock:
     @property
     def elapsed(self):
         """Seconds since start()."""
-        if self.started is None:
-            return 0.0
-        return (self.stopped or time.monotonic()) - self.started
+        return 0.0 if self.started is None else (self.stopped or time.monotonic()) - self.started
 
     @property
     def progress(self):
@@ -868,11 +757,6 @@ class TrainingClock:
 
     def expired(self):
         return self.elapsed >= self.benchmark.time_budget
-
-    def file_time(self):
-        """Seconds, as the system stamps them on a file: no clock of Python's."""
-        self.holder.touch()
-        return self.holder.stat().st_mtime
 
     def check(self):
         """Raise RuntimeError unless the run was timed from start to stop, kept to its budget and is scored at once."""
@@ -883,12 +767,9 @@ class TrainingClock:
             raise RuntimeError("not scored: this run was scored before; one run, one score")
         self.scored = True
         seconds = time.monotonic() - self.started  # what was done between stop() and here counts too
-        passed = self.file_time() - self.stamp
-        if passed - seconds > CLOCK_ERROR + CLOCK_DRIFT * passed:
-            raise RuntimeError(
-                f"not scored: the clock shows {seconds:.1f} s, but {passed:.1f} s have passed; did the machine sleep? "
-                "Run it again"
-            )
+        system_seconds = os.times().elapsed - self.system_started  # always 0 on Windows
+        if system_seconds > seconds + CLOCK_ERROR:
+            raise RuntimeError(f"not scored: the clock shows {seconds:.1f} s, but {system_seconds:.1f} s have passed")
         if seconds > LATE_LIMIT * self.benchmark.time_budget:
             raise RuntimeError(
                 f"not scored: trained for {seconds:.1f} s of a budget of {self.benchmark.time_budget:g} s; "
@@ -897,13 +778,12 @@ class TrainingClock:
 
 
 def lock_device(device):
-    """An exclusive lock on this device, by its own name on this machine, and the file that tells whose it is."""
+    """An exclusive lock on this device, by its own name on this machine. A file beside it tells whose it is."""
+    name = f"{device.type}-{platform.node()}"
     if device.type == "cuda":
         name = f"cuda-{torch.cuda.get_device_properties(device).uuid}"
-    else:
-        name = f"{device.type}-{platform.node()}"
     holder = HOME / "locks" / f"{name}.pid"
-    lock = FileLock(HOME / "locks" / f"{name}.lock")  # the system frees it when the process ends
+    lock = FileLock(holder.with_suffix(".lock"))  # the system frees it when the process ends
     try:
         holder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -912,8 +792,8 @@ def lock_device(device):
         pid = holder.read_text() if holder.exists() else "unknown"
         raise SystemExit(f"another training is running on {device} (pid {pid}): wait for it or end it") from None
     except OSError as error:
-        raise SystemExit(f"cannot write to AUTORESEARCH_HOME: {error}; mend it and run again") from None
-    return lock, holder
+        raise SystemExit(f"cannot write to AUTORESEARCH_HOME: {error}; fix it and run again") from None
+    return lock
 
 
 def synchronize(device):
@@ -921,16 +801,14 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
+def git(*words):
+    """What a git command prints in the folder of this file, or None."""
+    result = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
 def find_origin():
     """What is being run: the commit, whether .py files differ from it, and hashes of the script and of this file."""
-
-    def git(*words):
-        try:
-            output = subprocess.check_output(["git", *words], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
-            return None
-        return output.decode().strip()
-
     changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     script = getattr(sys.modules["__main__"], "__file__", None)
     return {
@@ -942,6 +820,26 @@ def find_origin():
     }
 
 
+files_read, imported = set(), time.time()
+
+
+def watch_files(event, arguments):
+    """An audit hook: which files does a run bring along, such as the weights or statistics of an earlier one?"""
+    if event != "open" or not isinstance(arguments[0], (str, bytes)) or arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        return
+    path = os.path.abspath(os.fsdecode(arguments[0]))
+    if path.startswith(LIBRARIES) or path.endswith((".py", ".pyc")) or not os.path.exists(path):
+        return
+    frame = sys._getframe(1)
+    while frame and frame.f_code.co_filename.startswith(LIBRARIES):
+        frame = frame.f_back
+    if frame and frame.f_code.co_filename != __file__ and os.path.getmtime(path) < imported:  # else it is its own
+        files_read.add(path)
+
+
+sys.addaudithook(watch_files)
+
+
 # --------------------------------------
 # Metric
 
@@ -951,21 +849,25 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
     Score a finished run: bits per byte of all validation rows, a float. The run goes into the journal, and when it is
     the benchmark's best so far its weights are kept as best.pt.
 
-    `model(inputs)` takes int64 [B, T] and returns logits [B, T, vocab_size]; it never sees the targets. `batch_size` is
-    only a matter of speed. Raises RuntimeError if the run was not timed or too long, if the model sees the future or
-    other rows, or changes while it is scored; ValueError if its logits have another shape or are not finite; SystemExit
-    if the benchmark is damaged or the journal can't be written. Frees the device in any case.
+    `model(inputs)`, an nn.Module, takes int64 [B, T] and returns logits [B, T, vocab_size]; it never sees the targets.
+    `batch_size` is only a matter of speed. Raises RuntimeError if the run was not timed or too long, if the model sees
+    the future or other rows, is random, or changes while it is scored; ValueError if it is no module or its logits have
+    another shape or are not finite; SystemExit if the benchmark is damaged or the journal can't be written. Frees the
+    device in any case.
     """
     try:
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"not scored: the model must be a torch.nn.Module, not a {type(model).__name__}")
+        was_training = model.training
+        model.eval()  # may be the run's own code, and so may parameters(): before the clock is read
+        weights = checksums(model)
         clock.check()
+        scoring_started = time.monotonic()
         if not open_benchmark(benchmark.path) == benchmark == clock.benchmark:
             raise RuntimeError("not scored: another benchmark than the one on disk; take it from load_benchmark()")
         device, served = clock.device, Counter(benchmark.rows_served)
         val_rows, holdout_rows = (open_rows(benchmark.path, split) for split in ("val", "holdout"))
         token_bytes, batch_size = benchmark.token_bytes(), scoring_rows(benchmark, batch_size)
-        if was_training := getattr(model, "training", False):
-            model.eval()
-        weights = checksums(model)
         check_causality(model, holdout_rows, batch_size, benchmark.vocab_size, device)
         bits = bits_of_rows(model, val_rows, token_bytes, batch_size, device)
         holdout_bits = bits_of_rows(model, holdout_rows, token_bytes, batch_size, device)
@@ -975,10 +877,17 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         if not np.array_equal(checksums(model), weights, equal_nan=True):
             raise RuntimeError("not scored: parameters or buffers have changed during the scoring")
         val_bpb = float(bits.sum() / token_bytes[val_rows[:, 1:]].sum())
-        holdout_bpb = float(holdout_bits.sum() / token_bytes[holdout_rows[:, 1:]].sum())
-        if was_training:
-            model.train()
-        record_run(model, benchmark, clock, served, val_bpb, holdout_bpb)
+        model.train(was_training)
+        record_run(
+            model,
+            clock,
+            benchmark,
+            val_bpb=val_bpb,
+            holdout_bpb=float(holdout_bits.sum() / token_bytes[holdout_rows[:, 1:]].sum()),
+            scoring_seconds=round(time.monotonic() - scoring_started, 3),
+            untimed_rows=served["train"] - clock.rows,
+            scored_rows_read=served["val"] + served["holdout"],
+        )
         return val_bpb
     finally:
         clock.lock.release()
@@ -1000,7 +909,7 @@ def bits_of_rows(model, rows, token_bytes, batch_size, device):
     finite = torch.ones((), dtype=torch.bool, device=device)
     for start in range(0, len(rows), batch_size):
         index = np.arange(start, start + batch_size) % len(rows)  # wraps at the end: one shape, so one compiled graph
-        ids = to_ids(read(rows, index), device)
+        ids = read(rows, index).to(device)
         logits = predict(model, ids[:, :-1], len(token_bytes))
         finite &= torch.isfinite(logits.amin()) & torch.isfinite(logits.amax())
         targets = ids[:, 1:]
@@ -1008,7 +917,7 @@ def bits_of_rows(model, rows, token_bytes, batch_size, device):
         nats[start : start + batch_size] = losses.where(has_bytes[targets], 0).sum(dim=1)[: len(rows) - start]
         del logits, losses  # not beside those of the next step
     if not finite:
-        raise ValueError("not scored: the model's logits are not all finite")
+        raise ValueError("not scored: invalid logits, some are not finite")
     return nats.cpu().double().numpy() / math.log(2)
 
 
@@ -1030,52 +939,83 @@ def check_causality(model, rows, batch_size, vocab_size, device):
     """
     The probe: a logit may depend on its own token and on earlier ones of its row, and on nothing else.
 
-    In every second row, what comes after a cut becomes random, and so do all other rows; logits before the cut must
-    stay. Rounding may move them (in a mixture of experts, say, other tokens change the order of sums), by how much is
-    seen when only the other rows change. Raises RuntimeError naming the first position that moved by more.
+    Each row gets another future after a cut of its own, many times; logits before the cut must stay. Rounding may move
+    them (in a mixture of experts, say, other tokens change the order of sums): by how much is seen when nothing changes
+    and when only other rows do. A suspect is tried again, with the same future and other rows around it, against
+    controls: a leak moves it every time, chance does not. Raises RuntimeError naming the first position.
     """
-    ids = to_ids(read(rows, np.arange(batch_size) % len(rows)), device)[:, :-1]
+    generator = torch.Generator()  # of its own: train.py seeds torch's
+    generator.seed()
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    def predict_below_largest(ids):
+        """Relative to the largest logit and not below -50: what masks tokens with -1e9 would hide all else."""
+        logits = predict(model, ids.to(device), vocab_size)
+        return ((row - row.amax(dim=-1, keepdim=True)).clamp(min=-50) for row in logits)  # row by row, for the memory
+
+    def movement(ids):
+        """By how much logits moved, in standard deviations: [B, T]."""
+        rows = zip(predict_below_largest(ids), before)
+        return torch.stack([(new - old).abs().amax(dim=-1) / old.std() for new, old in rows]).cpu()
+
+    def altered(kept):
+        """Other tokens wherever the mask [B, T] does not keep them."""
+        return torch.where(kept, ids, (ids + draw(1, vocab_size, B, T)) % vocab_size)
+
+    def choose(candidates):
+        """A mask [B, 1] of some of the candidates, a mask [B]: of at most half of the rows, or one."""
+        ranks = torch.rand(B, generator=generator) * candidates
+        return ((ranks >= ranks.sort().values[-max(1, B // 2)]) & candidates)[:, None]
+
+    def control(chosen, others):
+        """How far do the chosen rows move when only the others change?"""
+        nonlocal noise
+        noise = torch.maximum(noise, movement(torch.where(chosen, ids, others)) * chosen)
+        moved = (noise > MOVED_SHARE).nonzero()
+        if len(moved) > MOVED_POSITIONS * noise.numel():
+            raise RuntimeError(
+                f"the model sees other rows: logits at position {int(moved[0, 1])} changed when only other rows of the "
+                "batch changed"
+            )
+
+    index = torch.randperm(len(rows), generator=generator).numpy()
+    ids = read(rows, np.resize(index, batch_size))[:, :-1].clone()
     B, T = ids.shape
-    probed = torch.arange(0, B, 2)[:PROBE_ROWS]
-    starts = torch.randint(1, max(2, T - 1), (len(probed),))
-    ids[probed, starts] = int(ids[0, 0])  # every row begins with BOS: now each has the start of a document within
-    positions = torch.arange(T, device=device)
+    positions, nothing = torch.arange(T), torch.zeros(B, T, dtype=torch.bool)
+    bos, starts = int(ids[0, 0]), draw(1, max(2, T - 1), B)
+    ids[torch.arange(B), starts] = bos  # a document starts in each row
 
-    def logits_of(ids):
-        """Of the probed rows, below the largest: what masks tokens with -1e9 would hide all else."""
-        logits = predict(model, ids, vocab_size)[probed]
-        return (logits - logits.amax(dim=2, keepdim=True)).clamp_(min=-50)
+    before = list(predict_below_largest(ids))
+    noise = movement(ids)
+    if (noise > MOVED_SHARE).float().mean() > MOVED_POSITIONS:
+        raise RuntimeError("the model gives two answers to the same input: is dropout on, or does it draw at random?")
+    for _ in range(PROBE_CONTROLS):
+        control(choose(nothing[:, 0] == 0), altered(nothing))
 
-    def movement(cuts):
-        """By how much they move with random tokens in all other rows, and from the cuts on: [probed, T]."""
-        changed = (ids + torch.randint(1, vocab_size, ids.shape, device=device)) % vocab_size  # differs everywhere
-        changed[probed] = torch.where(positions < cuts[:, None], ids[probed], changed[probed])
-        return (logits_of(changed) - before).abs().amax(dim=2) / before.std(dim=(1, 2))[:, None]
-
-    def rounding(rounds):
-        return torch.stack([movement(torch.full_like(starts, T, device=device)) for _ in range(rounds)]).amax(dim=0)
-
-    before = logits_of(ids)
-    noise = rounding(PROBE_ROUNDS)
-    mixed = (noise > MIXED_SHARE).nonzero()
-    if len(mixed) > MIXED_POSITIONS * noise.numel():
-        raise RuntimeError(
-            f"the model sees other rows: logits at position {int(mixed[0, 1])} changed when only other rows of the "
-            "batch changed"
-        )
-    parts = PROBE_ROUNDS * len(probed)  # of a row, with a cut in each
-    cuts = 1 + ((T - 1) * (torch.arange(parts) + torch.rand(parts)) / parts).long().clamp(max=T - 2)
-    cuts = cuts.view(PROBE_ROUNDS, -1)
-    cuts[0, -1] = starts[-1]  # BOS goes, too
-    cuts[1, -1] = min(int(starts[-1]) + 1, T - 1)  # what follows it
-    cuts[2, -1] = T - 1  # the last token alone
-    for cut in cuts.to(device):
-        leaks = positions < cut[:, None]
+    shape = -(-max(PROBE_CUTS, T // 4) // B), B
+    share = (torch.arange(math.prod(shape)) + torch.rand(math.prod(shape), generator=generator)) / math.prod(shape)
+    cuts = 1 + ((T - 1) * share).long().view(shape)
+    kinds = (torch.randperm(math.prod(shape), generator=generator) % 8).view(shape)
+    chunks = 2 ** draw(5, 9, *shape)  # 32 to 256 tokens, which may end one too late
+    borders = chunks * (1 + draw(0, 2**30, *shape) % (T // chunks).clamp(min=1)) + draw(-1, 2, *shape)
+    cuts = torch.where(kinds < 2, borders, cuts)
+    rarest = ids.where(ids < bos, 0).argmax(dim=1)  # the latest merge: its own logits, and those that predict it
+    cuts = torch.where(kinds == 2, rarest + draw(0, 2, *shape), cuts)
+    cuts = torch.where(kinds == 3, starts + draw(0, 2, *shape), cuts)
+    cuts[0, 0] = T - 1  # the last token alone
+    for cut in cuts.clamp(1, T - 1):
+        kept = positions < cut[:, None]
+        changed = altered(kept)
+        leaks = kept & (movement(changed) > PROBE_NOISE + PROBE_MARGIN * noise)
         for _ in range(PROBE_REPEATS):
-            leaks = leaks & (movement(cut) > PROBE_NOISE + PROBE_MARGIN * noise)
             if not leaks.any():
                 break
-            noise = torch.maximum(noise, rounding(PROBE_ROUNDS))
+            suspects, others = choose(leaks.any(dim=1)), altered(nothing)
+            control(suspects, others)
+            moved = movement(torch.where(suspects, changed, others))
+            leaks &= suspects & (moved > PROBE_NOISE + PROBE_MARGIN * noise)
         else:
             raise RuntimeError(
                 f"the model sees the future: logits at position {int(leaks.nonzero()[0, 1])} changed when only later "
@@ -1085,30 +1025,33 @@ def check_causality(model, rows, batch_size, vocab_size, device):
 
 def checksums(model):
     """Sum and norm of all parameters and buffers, an array [tensors, 2]: changes when any of them does."""
-    if not isinstance(model, torch.nn.Module):
-        return np.zeros(0)
     tensors = (tensor.detach().float() for tensor in (*model.parameters(), *model.buffers()))  # one at a time
     return np.array([[float(tensor.sum()), float(torch.linalg.vector_norm(tensor))] for tensor in tensors])
 
 
-def record_run(model, benchmark, clock, served, val_bpb, holdout_bpb):
+# --------------------------------------
+# Journal
+
+
+def record_run(model, clock, benchmark, **scores):
     """Append the run to journal.jsonl; keep its weights and commit in best.pt when no run before scored better."""
+    cuda = range(torch.cuda.device_count() if clock.device.type == "cuda" else 0)
     run = {
         "time": now(),
         "benchmark": benchmark.id,
+        "time_budget": benchmark.time_budget,
         **clock.origin,
         "same_prepare": clock.origin["prepare_sha256"] == benchmark.prepared_by,
         "seed": benchmark.seed,
-        "val_bpb": val_bpb,
-        "holdout_bpb": holdout_bpb,
+        **scores,
         "training_seconds": round(clock.elapsed, 3),
         "total_seconds": round(time.monotonic() - PROCESS_START, 3),
         "slow_steps_percent": round(clock.slow_steps_percent, 1),
         "tokens": clock.rows * benchmark.max_seq_len,
-        "untimed_rows": served["train"] - clock.rows,
-        "scored_rows_read": served["val"] + served["holdout"],
+        "files_read": sorted(files_read)[:20],
         "peak_memory_mb": round(peak_memory_mb(clock.device), 1),
         "device": device_name(clock.device),
+        "gpus": sum(torch.cuda.max_memory_allocated(index) > 0 for index in cuda),
     }
     path, best_path = benchmark.path / "journal.jsonl", benchmark.path / "best.pt"
     try:
@@ -1117,17 +1060,25 @@ def record_run(model, benchmark, clock, served, val_bpb, holdout_bpb):
             torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a full disk
             with open(path, "a") as journal:
                 journal.write("\n" * torn + json.dumps(run) + "\n")
-            if val_bpb < best and run["same_prepare"] and isinstance(model, torch.nn.Module):
-                weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-                origin = {"commit": run["commit"], "val_bpb": val_bpb, "device": clock.device.type}
-                try:
-                    torch.save({**origin, "model": weights}, best_path.with_suffix(".tmp"))
-                    os.replace(best_path.with_suffix(".tmp"), best_path)
-                except (OSError, RuntimeError) as error:  # torch has its own for a full disk
-                    best_path.with_suffix(".tmp").unlink(missing_ok=True)
-                    print(f"best.pt was not saved: {first_line(error)}")
+            if run["val_bpb"] < best and run["same_prepare"]:
+                save_best(
+                    best_path,
+                    model,
+                    {name: run[name] for name in ("commit", "val_bpb")} | {"device": clock.device.type},
+                )
     except OSError as error:
-        raise SystemExit(f"scored, val_bpb {val_bpb:.6f}, but not recorded: {error}; mend it and run again") from None
+        why = f"scored, val_bpb {run['val_bpb']:.6f}, but not recorded: {error}; fix it and run again"
+        raise SystemExit(why) from None
+
+
+def save_best(path, model, origin):
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    try:
+        torch.save({**origin, "model": weights}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    except (OSError, RuntimeError) as error:  # torch has its own for a full disk
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+        print(f"best.pt was not saved: {first_line(error)}")
 
 
 def read_journal(folder):
@@ -1135,13 +1086,11 @@ def read_journal(folder):
     path = folder / "journal.jsonl"
     runs = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
-        if not line:
-            continue
         try:
-            run = json.loads(line)
-            runs.append({"same_prepare": None, **run, "val_bpb": float(run["val_bpb"])})
+            run = json.loads(line or "null")
+            runs += [{"same_prepare": None, **run, "val_bpb": float(run["val_bpb"])}] if line else []
         except (ValueError, KeyError, TypeError):
-            print(f"{path}:{number}: skipped, not a whole line")
+            print(f"{path}:{number}: skipped, the line is incomplete")
     return runs
 
 
@@ -1167,6 +1116,164 @@ def peak_memory_mb(device):
 
 
 # --------------------------------------
+# Status: what results.tsv and the journal say. The rules are those of program.md, and analysis.ipynb uses them, too
+
+LEDGER = ("commit", "val_bpb", "memory_gb", "status", "description")
+PROMISING = 1 / 4  # of the noise floor: what a first run must gain to be repeated ...
+KEEP = 1 / 2  # ... and what the runs after it must gain
+SEEDS = (1, 2, 3)  # that program.md names
+LATE_FLAG = 1.02  # budgets of training
+SLOW_FLAG = 10  # percent of the time in slow steps
+
+
+def read_ledger(path="results.tsv"):
+    """
+    One dict a run, a crash without val_bpb (NaN). Takes ledgers of other tools, too: missing columns, commas instead of
+    tabs, decimal commas, any case.
+    """
+    text = Path(path).read_text(errors="replace") if Path(path).exists() else ""
+    header, *lines = [line for line in text.splitlines() if line.strip()] or [""]
+    tabs = header.count("\t")
+    split = (lambda line: line.split("\t", tabs)) if tabs else (lambda line: next(csv.reader([line])))
+    names = [name.strip().lower() for name in split(header)] if header else []
+    rows = []
+    for line in lines:
+        row = dict.fromkeys(LEDGER, "") | dict(zip(names, map(str.strip, split(line))))
+        row["status"] = row["status"].lower()
+        for name in ("val_bpb", "memory_gb"):
+            number = row[name].replace(",", ".")
+            number = float(number) if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number) else 0.0
+            row[name] = number if 0 < number < math.inf else math.nan
+        row["val_bpb"] = math.nan if row["status"] == "crash" else row["val_bpb"]
+        rows.append({name: row[name] for name in LEDGER})
+    return rows
+
+
+def scores_of(ledger):
+    """The scores of every commit, in order: {commit: [val_bpb]}."""
+    scores = {}
+    for row in ledger:
+        if row["commit"] and not math.isnan(row["val_bpb"]):
+            scores.setdefault(row["commit"], []).append(row["val_bpb"])
+    return scores
+
+
+def noise_floor(scores):
+    """Twice the standard deviation between runs of one commit, pooled over all commits; NaN if none ran twice."""
+    repeats = sum(len(runs) - 1 for runs in scores.values())
+    squares = sum((score - statistics.fmean(runs)) ** 2 for runs in scores.values() for score in runs)
+    return 2 * math.sqrt(squares / repeats) if repeats else math.nan
+
+
+def worth(commit, scores):
+    """The mean of a commit's runs; without the first, which selected it, if it has more and is no baseline."""
+    runs = scores[commit]
+    return statistics.fmean(runs[1:] if len(runs) > 1 and commit != next(iter(scores)) else runs)
+
+
+def verdict(commit, best, scores):
+    """What the runs of a commit say about it, against those of the last keep: keep, discard or repeat."""
+    gain, floor = worth(best, scores) - worth(commit, scores), noise_floor(scores)
+    if len(scores[commit]) == 1:
+        return "repeat" if gain > PROMISING * floor else "discard"
+    return "keep" if gain > KEEP * floor else "discard"
+
+
+def match_runs(ledger, journal, since=""):
+    """
+    Which runs of the journal have a row, {number of the row: run}, and which have none: those after the first match, or
+    else after `since`. (An earlier night may have begun at the same commit.)
+    """
+    matched, rest = {}, sorted(journal, key=lambda run: run["time"])
+    for number, row in enumerate(ledger):
+        for run in rest:
+            same = row["commit"] and str(run["commit"]).startswith(row["commit"])
+            if same and abs(run["val_bpb"] - row["val_bpb"]) < 1e-6:
+                matched[number] = run
+                rest = [other for other in rest if other is not run]
+                break
+    since = min((run["time"] for run in matched.values()), default=since)
+    return matched, [run for run in rest if run["time"] >= since]
+
+
+def flags(run):
+    """What about a run of the journal asks for a look: a list of sentences. (Older runs have fewer keys.)"""
+    run = defaultdict(int, time_budget=math.inf) | run
+    files = ", ".join(os.path.basename(file) for file in run["files_read"] or ())
+    raised = {
+        "prepare.py was not the one that prepared the benchmark": run["same_prepare"] is False,
+        "uncommitted changes": run["dirty"] is not False,
+        f"seed {run['seed']}, which program.md does not name": run["seed"] not in (SEED, *SEEDS),
+        f"read scored rows (validation or holdout): {run['scored_rows_read']}": run["scored_rows_read"],
+        f"read {run['untimed_rows']} training rows outside of the timed part": run["untimed_rows"] > 0,
+        f"read files, of an earlier run perhaps: {files}": files,
+        f"trained {run['training_seconds']:.1f} s of a budget of {run['time_budget']:g} s": run["training_seconds"]
+        > LATE_FLAG * run["time_budget"],
+        f"scored for {run['scoring_seconds']:.0f} s": run["scoring_seconds"] > max(60, run["time_budget"]),
+        f"{run['slow_steps_percent']:.0f}% of the time in slow steps": run["slow_steps_percent"] > SLOW_FLAG,
+        f"used {run['gpus']} GPUs": run["gpus"] > 1,
+    }
+    return [sentence for sentence, flag in raised.items() if flag]
+
+
+def sparkline(values, width=60):
+    """Values as one line of block characters, at most `width` of them."""
+    width = min(width, len(values))
+    values = [values[len(values) * (part + 1) // width - 1] for part in range(width)]
+    low, span = min(values), max(values) - min(values)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span) if span else 0] for value in values)
+
+
+def print_status():
+    """Where the night stands, from results.tsv in this folder, the journal and git, and what program.md says next."""
+    benchmark, ledger, path = load_benchmark(), read_ledger(), Path("results.tsv")
+    created = datetime.fromtimestamp(path.stat().st_mtime if path.exists() else time.time(), timezone.utc)
+    matched, unlisted = match_runs(ledger, read_journal(benchmark.path), created.isoformat(timespec="seconds"))
+    head = (git("rev-parse", "HEAD") or "no commit")[:7]
+    rows = [row for row in ledger if row["commit"] == head]
+    new = [run for run in unlisted if str(run["commit"]).startswith(head)]
+    runs = [run for number, run in matched.items() if ledger[number]["commit"] == head] + new
+    scores = scores_of([*ledger, *({"commit": head, "val_bpb": run["val_bpb"]} for run in new)])
+    kept = [row["commit"] if row["status"] == "keep" and row["commit"] in scores else None for row in ledger]
+    best = ([commit for commit in kept if commit] or [None])[-1]
+    low = list(itertools.accumulate((worth(commit, scores) if commit else math.inf for commit in kept), min))
+    low = [score for score in low if score < math.inf]
+
+    print(f"benchmark:   {benchmark.id}, {benchmark.time_budget:g} s a run")
+    floor = noise_floor(scores)
+    print(f"noise floor: {floor:.6f}" if floor > 0 else "noise floor: unknown, no commit ran twice")
+    if best:
+        print(f"to beat:     {worth(best, scores):.6f} ({best})")
+        print(f"best so far: {sparkline(low)} {low[0]:.4f} to {low[-1]:.4f} in {len(ledger)} runs")
+    print(f"this commit: {head}")
+    for run in runs:
+        gain = f", gain {worth(best, scores) - run['val_bpb']:.6f}" if best not in (None, head) else ""
+        print(f"  {run['val_bpb']:.6f} seed {run['seed']}{gain}" + ", NO ROW YET" * (run in new))
+        for words in flags(run):
+            print(f"  warning: {words}")
+    log = Path("run.log").read_text(errors="replace") if Path("run.log").exists() else ""
+    fallbacks = r"^(?:CPU|COMPILE|DEVICE_BATCH_SIZE): .*|^attention: \w+ not used.*|^\S+ has no gradient.*"
+    for line in re.findall(fallbacks, log, re.M):
+        print(f"  warning: run.log: {line}")
+
+    what = "keep" if best in (None, head) else verdict(head, best, scores) if head in scores else "crash"
+    seed = next((seed for seed in SEEDS if seed not in [run["seed"] for run in runs]), None)
+    if new:
+        run, status = new[0], "discard" if what == "repeat" else what
+        print(f"next: write the row: {head} {run['val_bpb']:.6f} {run['peak_memory_mb'] / 1024:.1f} {status}")
+    elif best in (None, head) and len(set(scores)) < 2 and seed:
+        print(f"next: the baseline with seed {seed}")
+    elif not rows and head != best:
+        print(f"next: run it with seed {seed}, or if it has crashed write its row: {head} 0.000000 0.0 crash")
+    elif what == "repeat" and seed:
+        print(f"next: promising, run it with seed {seed}")
+    else:
+        print("next: a new idea" if rows and rows[-1]["status"] == "keep" else "next: reset to the last keep")
+    for row in ledger[-10:]:
+        print("\t".join(f"{row[name]}" for name in LEDGER))
+
+
+# --------------------------------------
 # Command line
 
 
@@ -1175,8 +1282,8 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def number(kind, least, most=math.inf):
-    """An argument type: a finite number between two bounds."""
+def number(kind, least, most):
+    """An argument type: a number between two bounds."""
 
     def parse(text):
         try:
@@ -1184,89 +1291,82 @@ def number(kind, least, most=math.inf):
         except ValueError:
             value = math.nan
         if not least <= value <= most:
-            bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise argparse.ArgumentTypeError(f"{text}: must be a number, {bounds}")
+            raise argparse.ArgumentTypeError(f"{text}: must be a number between {least} and {most}")
         return value
 
     return parse
 
 
 def parse_arguments(arguments=None):
-    parser = OneLineParser(description="Build the benchmark that train.py is scored on.")
-    add = parser.add_argument
-    add("--dataset", choices=PRESETS, help="default: climbmix where CUDA is available, local elsewhere")
-    add("--text", nargs="+", metavar="PATH", help="local: files or folders; default: Python's standard library")
-    add(
-        "--num-shards",
-        type=number(int, 1, VALIDATION_SHARD),
-        metavar="N",
-        help=f"climbmix: training shards ({DEFAULT_SHARDS})",
+    parser = OneLineParser(
+        description="Build the benchmark that train.py is scored on, or show where the night stands."
     )
+    add = parser.add_argument
+    add("--status", action="store_true", help="what was tried, what it was worth, what comes next; builds nothing")
+    add("--dataset", choices=PRESETS, help="default: climbmix where CUDA is available, local elsewhere")
+    add(
+        "--text",
+        nargs="+",
+        metavar="PATH",
+        default=[],
+        help="local: files or folders; default: installed Python source",
+    )
+    add("--num-shards", type=number(int, 1, VALIDATION_SHARD), metavar="N", help="climbmix: training shards (10)")
     add("--seq-len", dest="max_seq_len", type=number(int, 2, 2**20), metavar="T", help="tokens in a row")
     add("--vocab-size", type=number(int, 260, 2**16), metavar="V", help="4 special tokens included")
     add("--time-budget", type=number(float, 0.1, 1e6), metavar="S", help="seconds of training")
-    add("--val-rows", type=number(int, 1), metavar="N", help="rows that are scored")
-    add("--holdout-rows", type=number(int, 1), metavar="N", help="rows that are scored in secret")
-    add("--verify", action="store_true", help="check every byte of the current benchmark and do nothing else")
+    add("--val-rows", type=number(int, 1, 1e9), metavar="N", help="rows that are scored")
+    add("--holdout-rows", type=number(int, 1, 1e9), metavar="N", help="rows that are scored in secret")
     add("--long-documents", choices=("crop", "split"), help="what becomes of documents longer than a row")
     options = parser.parse_args(arguments)
-    if options.text and options.dataset not in (None, "local"):
-        parser.error(f"--text goes with --dataset local, not {options.dataset}")
-    if options.text or options.num_shards and not options.dataset:
-        options.dataset = "local" if options.text else "climbmix"
-    if options.num_shards and options.dataset != "climbmix":
-        parser.error(f"--num-shards goes with --dataset climbmix, not {options.dataset}")
+    implied = "local" if options.text else "climbmix" if options.num_shards else None
+    options.dataset = options.dataset or implied
+    if options.text and options.dataset != "local" or options.num_shards and options.dataset != "climbmix":
+        parser.error(f"--dataset {options.dataset}: --text goes with local and --num-shards with climbmix")
     return options
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    if options.verify:
-        print(f"{load_benchmark(read_everything=True).id}: every file is as it was prepared")
-        return
+    if options.status:
+        return print_status()
     if not options.dataset:
         options.dataset = "climbmix" if torch.cuda.is_available() else "local"
         why = "this machine has CUDA" if torch.cuda.is_available() else "no CUDA here"
         print(f"benchmark: {options.dataset}, because {why}; choose with --dataset {' | '.join(PRESETS)}")
     settings = dict(zip(SETTINGS, PRESETS[options.dataset]))
     settings |= {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    groups = find_text(options.text) if options.dataset == "local" else {}
+    files = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in sum(groups.values(), [])]
     num_shards = options.num_shards or DEFAULT_SHARDS
-    local_text = LocalText(options.text) if options.dataset == "local" else None
-    request = {"dataset": options.dataset, **settings, "sources": options.text or [], "num_shards": num_shards}
-    request["fingerprint"] = local_text and local_text.fingerprint()
+    request = repr(
+        (options.dataset, settings, num_shards, files, sha256(__file__))
+    )  # a file that was touched is another
+    request = HOME / "requests" / hashlib.sha256(request.encode()).hexdigest()
     arguments = shlex.join(sys.argv[1:] if arguments is None else arguments)
 
     try:
-        HOME.mkdir(parents=True, exist_ok=True)
+        request.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(HOME / "prepare.lock"):
-            started = time.monotonic()
-            record = find_prepared(request)
-            if not record:
-                folder, counts = build(options.dataset, settings, local_text, num_shards)
-                record = install(folder, request, settings, counts, arguments)
-                shutil.rmtree(folder)
+            try:
+                record = read_record(HOME / request.read_text(), every_byte=True)
+            except (OSError, SystemExit):  # not prepared yet, or damaged
+                started = time.monotonic()
+                folder, counts = build(options.dataset, settings, groups, num_shards)
+                record = install(folder, options.dataset, settings, counts, arguments)
+                write_atomically(request, record["id"])
                 print(f"prepared in {time.monotonic() - started:.1f} s")
-            write_atomically(HOME / "current", record["id"].encode())
+            write_atomically(HOME / "current", record["id"])
     except OSError as error:
-        raise SystemExit(f"prepare.py: {error}; mend it and run this again") from None
+        raise SystemExit(f"prepare.py: {error}; fix it and run this again") from None
     fetch_flash3()
-    print_card(record)
-
-
-def print_card(record):
-    settings, counts = record["settings"], record["counts"]
-    dropped = {name: counts[name] for name in ("duplicates", "skipped files", "skipped documents") if counts.get(name)}
-    print(
-        f"""
-benchmark:        {record["id"]}
-folder:           {HOME / record["id"]}
-budget:           {settings["time_budget"]:g} s of training
-documents:        {counts["train_documents"]:,} to train on""",
-        *(f"({n:,} {name})" for name, n in dropped.items()),
-    )
-    for name, count in row_counts(record).items():
-        print(f"{name + ' rows:':<17} {count:,} ({count * settings['max_seq_len']:,} tokens)")
-    print(f"bytes per token:  {counts['bytes_per_token']:.2f}\n\nnext: uv run train.py")
+    counts, T = record["counts"], settings["max_seq_len"]
+    kinds = [name for name in ("documents", "duplicates", "skipped files") if counts.get(name)]
+    seen = ", ".join(f"{counts[name]:,} {name}" for name in kinds)
+    print(f"\nbenchmark: {record['id']}, in {HOME}")
+    print(f"training:  {settings['time_budget']:g} s on {counts['train_rows'] * T:,} tokens of {seen}")
+    print(f"scored:    {settings['val_rows'] * T:,} tokens of {counts['bytes_per_token']:.2f} bytes")
+    print(f"holdout:   {settings['holdout_rows'] * T:,} tokens\n\nnext: uv run train.py")
 
 
 if __name__ == "__main__":

@@ -87,8 +87,9 @@ def norm(x):
 class Linear(nn.Linear):
     """Without bias. The float32 weight is cast to the precision of x."""
 
-    def __init__(self, inputs, outputs, bound=INIT_BOUND):
+    def __init__(self, inputs, outputs, bound=None):
         super().__init__(inputs, outputs, bias=False)
+        bound = INIT_BOUND if bound is None else bound
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x):
@@ -96,7 +97,7 @@ class Linear(nn.Linear):
 
 
 class GPT(nn.Module):
-    """Activations have the precision `dtype`, parameters are float32."""
+    """Activations have the precision `dtype`, parameters are float32 and cast where they are used."""
 
     def __init__(self, vocab_size, max_seq_len, dtype, attention):
         super().__init__()
@@ -150,13 +151,13 @@ class GPT(nn.Module):
         x = norm(x)
         logits = self.head(x)
         target = torch.arange(logits.size(-1), device=x.device) == targets[..., None]  # a gather has a scatter backward
-        losses = logits.logsumexp(-1) - logits.where(target, 0).sum(-1)
+        nll = logits.logsumexp(-1) - logits.where(target, 0).sum(-1)
         if self.pointer is not None:
             weights, odds = self.pointer(x)
             odds = odds[..., 0]
-            copied = (weights * (inputs[:, None] == targets[..., None])).sum(-1).clamp_min(1e-10).log()
-            losses = F.softplus(odds) - torch.logaddexp(-losses, copied + odds)
-        return losses.mean()
+            copied = (weights * (inputs[:, None] == targets[..., None])).sum(-1).clamp_min(1e-30).log()
+            nll = F.softplus(odds) - torch.logaddexp(-nll, copied + odds)
+        return nll.mean()  # other objectives go here, after the pointer
 
     def compile_parts(self):
         """Per block: blocks of one shape share their code, so that it takes a fraction of the time."""
@@ -197,6 +198,7 @@ class Attention(nn.Module):
 
     def __init__(self, window, attention, value_vocab_size):
         super().__init__()
+        assert MODEL_DIM % HEAD_DIM == 0 and MODEL_DIM > HEAD_DIM, "two heads or more"
         self.window = window
         self.attention = attention
         self.query, self.key, self.value = (Linear(MODEL_DIM, MODEL_DIM) for _ in range(3))

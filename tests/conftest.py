@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["AUTORESEARCH_HOME"] = tempfile.mkdtemp(prefix="autoresearch-test-")
@@ -19,6 +20,7 @@ for name in ("AUTORESEARCH_SEED", "HF_ENDPOINT"):
 
 import prepare  # noqa: E402
 
+CPU = torch.device("cpu")
 STDLIB = Path(sysconfig.get_path("stdlib"))
 TEXT = [str(STDLIB / package) for package in ("asyncio", "email", "json", "unittest")]
 SMALL = ["--seq-len", "64", "--vocab-size", "512", "--val-rows", "40", "--holdout-rows", "20", "--time-budget", "3"]
@@ -28,6 +30,26 @@ def run(*command, cwd=ROOT, **environment):
     """Run a Python file of this repository as a user would."""
     environment = {**os.environ, **environment}
     return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+class Function(torch.nn.Module):
+    """A model that is one function of its inputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def uniform(vocab_size=512):
+    return Function(lambda inputs: torch.zeros(*inputs.shape, vocab_size))
+
+
+def score(benchmark, model, batch_size=8):
+    """Train for no time at all, and be scored."""
+    clock = prepare.TrainingClock(benchmark, "cpu")
+    clock.start()
+    clock.stop()
+    return prepare.evaluate_bpb(model, benchmark, batch_size, clock)
 
 
 @pytest.fixture

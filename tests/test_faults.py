@@ -20,10 +20,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, score, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gaming import sit, uniform
 from test_prepare import TINY, snapshot, stories, write_parquet
 
 import prepare
@@ -39,6 +38,11 @@ def start(*command, **options):
     return subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, **options
     )
+
+
+def every_byte():
+    """The current benchmark, of which every byte is checked."""
+    return prepare.read_record(prepare.load_benchmark().path, every_byte=True)
 
 
 # --------------------------------------
@@ -226,7 +230,7 @@ def test_an_interrupted_download_goes_on(hub, home, kind):
     stalled.set()
     prepare.main(ONE_SHARD)
     assert snapshot(home / "downloads" / "climbmix") == snapshot(hub.folder)
-    assert prepare.load_benchmark(read_everything=True)
+    assert every_byte()
 
 
 @pytest.mark.parametrize("moment", ["write_rows", "install"])
@@ -241,7 +245,7 @@ def test_an_interrupted_build(home, tmp_path, moment):
     process.communicate()
     assert not (home / "current").exists() and (home / ".building").exists()
     prepare.main(arguments)
-    assert prepare.load_benchmark(read_everything=True) and not (home / ".building").exists()
+    assert every_byte() and not (home / ".building").exists()
 
 
 # --------------------------------------
@@ -259,17 +263,17 @@ def test_a_full_disk_while_packing(home, tmp_path):
     environment = {"AUTORESEARCH_HOME": str(home)}
     process = start("prepare.py", *arguments, environment=environment, preexec_fn=full_disk(100_000))
     output, errors = process.communicate()
-    assert process.returncode == 1 and len(errors.splitlines()) == 1 and "mend it and run this again" in errors
+    assert process.returncode == 1 and len(errors.splitlines()) == 1 and "fix it and run this again" in errors
     assert not (home / "current").exists()
     prepare.main(arguments)
-    assert prepare.load_benchmark(read_everything=True)
+    assert every_byte()
 
 
 def test_a_full_disk_while_downloading(hub, home):
     environment = {"AUTORESEARCH_HOME": str(home)}
     process = start("prepare.py", *ONE_SHARD, environment=environment, preexec_fn=full_disk(30_000))
     output, errors = process.communicate()
-    assert process.returncode == 1 and len(errors.splitlines()) == 1 and "mend it and run this again" in errors
+    assert process.returncode == 1 and len(errors.splitlines()) == 1 and "fix it and run this again" in errors
     prepare.main(ONE_SHARD)
     assert snapshot(home / "downloads" / "climbmix") == snapshot(hub.folder)
 
@@ -316,7 +320,8 @@ def test_a_file_system_that_is_full(disk, home, tmp_path):
     assert "No space left on device" in refused("prepare.py", *arguments, home=home)
     filler.unlink()
     prepare.main(arguments)
-    loaded = prepare.load_benchmark(read_everything=True)
+    assert every_byte()
+    loaded = prepare.load_benchmark()
 
     def fill():
         with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
@@ -330,10 +335,10 @@ def test_a_file_system_that_is_full(disk, home, tmp_path):
     clock.start()
     clock.stop()
     fill()
-    with pytest.raises(SystemExit, match=r"scored, val_bpb \d.*No space left.*mend it"):
-        prepare.evaluate_bpb(lambda inputs: torch.zeros(*inputs.shape, loaded.vocab_size), loaded, 8, clock)
+    with pytest.raises(SystemExit, match=r"scored, val_bpb \d.*No space left.*fix it"):
+        prepare.evaluate_bpb(uniform(loaded.vocab_size), loaded, 8, clock)
     filler.unlink()
-    sit(loaded, lambda inputs: torch.zeros(*inputs.shape, loaded.vocab_size))
+    score(loaded, uniform(loaded.vocab_size))
     assert len(prepare.read_journal(loaded.path)) == 1
 
 
@@ -345,7 +350,7 @@ def test_a_home_that_is_read_only(benchmark, disk, home, tmp_path):
     assert "Read-only file system" in refused("train.py", home=home)
     assert "Read-only file system" in refused("prepare.py", "--text", str(tmp_path / "a.txt"), *TINY, home=home)
     disk("rw")
-    sit(prepare.load_benchmark(), uniform)
+    score(prepare.load_benchmark(), uniform())
 
 
 @pytest.mark.parametrize("journal_size", [0, 99_990])
@@ -363,21 +368,8 @@ def test_a_full_disk_while_recording(benchmark, home, journal_size):
     else:
         assert process.returncode == 0 and len(prepare.read_journal(home / benchmark.id)) == 1
         assert "best.pt was not saved" in output
-    sit(prepare.load_benchmark(), uniform)  # once there is space again, the next line stands by itself
+    score(prepare.load_benchmark(), uniform())  # once there is space again, the next line stands by itself
     assert prepare.read_journal(home / benchmark.id)[-1]["val_bpb"] > 0
-
-
-def test_verify(benchmark, home, capsys):
-    shutil.copytree(benchmark.path, home / benchmark.id)
-    (home / "current").write_text(benchmark.id)
-    prepare.main(["--verify"])
-    assert "every file is as it was prepared" in capsys.readouterr().out
-    path = home / benchmark.id / "train.npy"
-    content = path.read_bytes()
-    path.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
-    assert prepare.load_benchmark()  # of the training rows only the size is checked in every run
-    with pytest.raises(SystemExit, match="train.npy was changed after it was prepared; run .*mends it"):
-        prepare.main(["--verify"])
 
 
 @pytest.mark.parametrize("name", sorted(prepare.FILES - {"train.npy"}))
@@ -391,7 +383,7 @@ def test_any_damaged_artefact_is_found(benchmark, home, name, damage):
         path.unlink()
     else:
         path.write_bytes(content[:-1] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(SystemExit, match=f"{name} .*run .*prepare.py.*mends it"):
+    with pytest.raises(SystemExit, match=f"{name} .*run .*prepare.py.*fixes it"):
         prepare.load_benchmark()
 
 
@@ -406,7 +398,7 @@ def test_two_prepare_the_same(home, tmp_path):
     outputs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("prepared in" in output for output in outputs) == 1
-    assert len(list(home.glob("*/benchmark.json"))) == 1 and prepare.load_benchmark(read_everything=True)
+    assert len(list(home.glob("*/benchmark.json"))) == 1 and every_byte()
 
 
 def test_prepare_while_a_training_runs(benchmark, home, tmp_path):
@@ -420,13 +412,13 @@ def test_prepare_while_a_training_runs(benchmark, home, tmp_path):
     prepare.main(["--text", str(tmp_path / "a.txt"), *TINY])
     clock.stop()
     assert prepare.load_benchmark().id != loaded.id
-    prepare.evaluate_bpb(uniform, loaded, 8, clock)
+    prepare.evaluate_bpb(uniform(), loaded, 8, clock)
     assert prepare.read_journal(loaded.path)[-1]["benchmark"] == loaded.id
 
 
 def test_two_devices_are_two_locks(benchmark):
-    first = prepare.lock_device(torch.device("cpu"))[0]
-    second = prepare.lock_device(torch.device("mps"))[0]
+    first = prepare.lock_device(torch.device("cpu"))
+    second = prepare.lock_device(torch.device("mps"))
     with pytest.raises(SystemExit, match=f"pid {os.getpid()}"):
         prepare.lock_device(torch.device("cpu"))
     first.release()
@@ -438,7 +430,7 @@ def test_the_lock_of_a_killed_process_does_not_block(benchmark):
     process = start("-c", code)
     process.communicate()
     assert process.returncode == -9
-    sit(benchmark, uniform)
+    score(benchmark, uniform())
 
 
 RECORD = """
@@ -447,7 +439,7 @@ benchmark = prepare.load_benchmark()
 clock = types.SimpleNamespace(origin={"prepare_sha256": "", "commit": sys.argv[1] * 4000}, elapsed=1.0, rows=0,
                               slow_steps_percent=0.0, device=prepare.torch.device("cpu"))
 for number in range(25):
-    prepare.record_run(None, benchmark, clock, prepare.Counter(), 1000.0 + number, 1.0)
+    prepare.record_run(None, clock, benchmark, val_bpb=1000.0 + number)
 """
 
 
@@ -483,7 +475,7 @@ def test_a_training_that_is_stopped(benchmark, tmp_path, kind, spot):
     output, errors = process.communicate(timeout=100)
     assert process.returncode in (-kind, 1, 130)
     assert snapshot(benchmark.path) == before
-    sit(benchmark, uniform)
+    score(benchmark, uniform())
 
 
 def with_line(tmp_path, spot, line):
@@ -502,7 +494,7 @@ def test_memory_runs_out_in_mid_run(benchmark, tmp_path):
     process = start(script, environment={"TORCHDYNAMO_DISABLE": "1"})
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 1 and "memory" in errors.splitlines()[-1]
-    sit(benchmark, uniform)
+    score(benchmark, uniform())
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
@@ -522,7 +514,7 @@ def test_stopped_while_it_compiles(benchmark, tmp_path, kind):
             break
         time.sleep(0.1)
     assert not session.strip()
-    sit(benchmark, uniform)
+    score(benchmark, uniform())
 
 
 def test_a_home_that_cannot_be_written(benchmark, home):
@@ -557,7 +549,7 @@ def test_many_runs_leave_nothing_behind(benchmark):
         clock.start()
         next(loader)
         clock.stop()
-        prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+        prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
         if number == 9:
             early = resources()
     files, threads, memory = resources()
@@ -630,7 +622,7 @@ def test_what_cannot_be_read_is_skipped_and_counted(home, tmp_path):
     benchmark, counts = prepare_text(
         tmp_path, {**PLENTY, "latin.txt": b"caf\xe9 " * 90, "empty.txt": "", "same.txt": PLENTY["0.txt"]}
     )
-    assert counts["skipped files"] == 1 and counts["duplicates"] == 2 and counts["documents"] == 12
+    assert counts["skipped files"] == 1 and counts["duplicates"] == 1 and counts["documents"] == 12
     for link in ("a.txt", "deep"):
         (tmp_path / "text" / link).symlink_to(tmp_path / ("loop" if link == "a.txt" else "text"))
     prepare.main(["--text", str(tmp_path / "text"), *TINY])

@@ -9,25 +9,16 @@ import shutil
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, TEXT, run
+from conftest import CPU, ROOT, SMALL, TEXT, Function, run, score, uniform
 from test_notebook import HEADER, NIGHT, cells, journal_of  # noqa: F401
 
 import prepare
 import train
-
-CPU = torch.device("cpu")
-
-
-def sit(benchmark, model, batch_size=8):
-    """Train for no time at all, and be scored."""
-    clock = prepare.TrainingClock(benchmark, "cpu")
-    clock.start()
-    clock.stop()
-    return prepare.evaluate_bpb(model, benchmark, batch_size, clock)
 
 
 @pytest.fixture
@@ -74,7 +65,7 @@ def tiny_unmasked(q, k, v, window):
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_attention_that_looks_ahead(small, benchmark, attention, batch_size):
     with pytest.raises(RuntimeError, match="the model sees the future: logits at position"):
-        sit(benchmark, build(benchmark, attention=attention), batch_size)
+        score(benchmark, build(benchmark, attention=attention), batch_size)
 
 
 class Wrapped(nn.Module):
@@ -100,6 +91,19 @@ def position(inputs):
 
 CONVOLUTION = torch.nn.Conv1d(512, 512, 3, padding=1, groups=512)
 BOS = 508
+
+
+def peek_where(condition):
+    """Adds the next token to the logits where the condition, of inputs and the inputs after them, holds."""
+    return lambda self, inputs, logits: (
+        next_token(inputs) * condition(inputs, inputs.roll(-1, dims=1)).float()[..., None]
+    )
+
+
+def odd_rows(x):
+    return (torch.arange(len(x)) % 2 == 1)[:, None]
+
+
 PEEKS = {
     "shift": lambda self, inputs, logits: next_token(inputs),
     "tiny shift": lambda self, inputs, logits: next_token(inputs, 1e-2),
@@ -108,11 +112,13 @@ PEEKS = {
     "mean of the row": lambda self, inputs, logits: logits.mean(dim=1, keepdim=True),
     "late positions": lambda self, inputs, logits: next_token(inputs) * (position(inputs) > 0.9 * inputs.size(1)),
     "last position but one": lambda self, inputs, logits: next_token(inputs) * (position(inputs) == inputs.size(1) - 2),
-    "across a boundary": lambda self, inputs, logits: next_token(inputs) * (inputs.roll(-1, dims=1) == BOS)[..., None],
-    "after a boundary": lambda self, inputs, logits: next_token(inputs) * (inputs == BOS)[..., None],
+    "across a boundary": peek_where(lambda x, after: after == BOS),
+    "after a boundary": peek_where(lambda x, after: x == BOS),
     "only in long rows": lambda self, inputs, logits: next_token(inputs, float(inputs.size(1) >= 64)),
     "behind masked tokens": lambda self, inputs, logits: next_token(inputs) - 1e9 * (torch.arange(512) >= BOS),
     "only in eval mode": lambda self, inputs, logits: next_token(inputs, float(not self.training)),
+    "odd rows": peek_where(lambda x, after: odd_rows(x) & (x >= 0)),
+    "later rows": peek_where(lambda x, after: (torch.arange(len(x)) >= 5)[:, None] & (x >= 0)),
 }
 
 
@@ -121,19 +127,56 @@ PEEKS = {
 def test_logits_that_look_ahead(small, benchmark, peek, compiled):
     model = Wrapped(build(benchmark), PEEKS[peek])
     with pytest.raises(RuntimeError, match="the model sees the future: logits at position"):
-        sit(benchmark, torch.compile(model, backend="aot_eager") if compiled else model)
+        score(benchmark, torch.compile(model, backend="aot_eager") if compiled else model)
 
 
-def test_the_probe_sees_a_rare_leak_in_almost_every_run(small, benchmark):
-    """Its cuts are random: of 20 probes of a leak at one document start, most must find it."""
-    model = Wrapped(build(benchmark), PEEKS["across a boundary"])
+RARE = {  # leaks at about a fiftieth of the tokens or of the positions
+    "a class of tokens": lambda x, after: x % 30 == 19,
+    "before a class of tokens": lambda x, after: after % 30 == 19,
+    "rare tokens": lambda x, after: (x >= 50) & (x < 60),
+    "before rare tokens": lambda x, after: (after >= 50) & (after < 60),
+    "across a boundary": lambda x, after: after == 60,
+    "last position but one": lambda x, after: position(x).mT.expand_as(x) == x.size(1) - 2,
+    "chunks of 32": lambda x, after: (position(x).mT.expand_as(x) + 1) % 32 == 0,
+    "chunks of 64": lambda x, after: (position(x).mT.expand_as(x) + 1) % 64 == 0,
+    "chunks of 128": lambda x, after: (position(x).mT.expand_as(x) + 1) % 128 == 0,
+    "chunks of 256": lambda x, after: (position(x).mT.expand_as(x) + 1) % 256 == 0,
+}
+
+
+class Cheap(nn.Module):
+    """Random logits of the last token: fast, for many probes."""
+
+    def __init__(self, leak=None, vocab_size=512):
+        super().__init__()
+        self.table, self.leak = torch.randn(vocab_size, vocab_size), leak
+
+    def forward(self, inputs):
+        logits, after = self.table[inputs], inputs.roll(-1, dims=1)
+        if self.leak is not None:
+            logits = logits + F.one_hot(after, len(self.table)) * self.leak(inputs, after).float()[..., None]
+        return logits
+
+
+def detected(leak, T, batch_size, probes):
+    """How many of so many probes see a leak, in rows of 60 kinds of tokens that follow Zipf's law."""
+    tokens = np.random.default_rng(0).zipf(1.2, (64, T + 1)) % 60
+    rows = np.where(np.arange(T + 1) == 0, 60, tokens).astype(np.uint16)
     found = 0
-    for _ in range(20):
+    for _ in range(probes):
         try:
-            prepare.check_causality(model, benchmark.rows("holdout"), 8, 512, CPU)
-        except RuntimeError:
-            found += 1
-    assert found >= 19
+            prepare.check_causality(Cheap(RARE[leak], 64), rows, batch_size, 64, CPU)
+        except RuntimeError as error:
+            found += "sees the future" in str(error)
+    return found
+
+
+@pytest.mark.parametrize(
+    "leak, T", [(leak, 256) for leak in RARE if leak != "chunks of 256"] + [("chunks of 256", 2048)]
+)
+def test_the_probe_sees_a_rare_leak_in_almost_every_run(leak, T):
+    """Its rows and cuts are random: 19 of 20 probes find it, so that 15 are too few for chance."""
+    assert detected(leak, T, 16, 20) > 15
 
 
 # --------------------------------------
@@ -156,12 +199,71 @@ def rows_before(self, inputs, logits):
 
 def test_batch_norm(small, benchmark):
     with pytest.raises(RuntimeError, match="the model sees other rows"):
-        sit(benchmark, BatchNorm(build(benchmark)))
+        score(benchmark, BatchNorm(build(benchmark)))
+
+
+class Pairs(nn.Module):
+    """An agent's longer context: two rows are one of twice the length."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        logits = self.model(inputs)
+        B, T, V = logits.shape
+        joined = logits.view(B // 2, 2 * T, V)
+        return (joined.cumsum(dim=1) / torch.arange(1, 2 * T + 1)[:, None]).view(B, T, V)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 16])
+def test_rows_that_are_joined_in_pairs(small, benchmark, batch_size):
+    with pytest.raises(RuntimeError, match="the model sees other rows"):
+        score(benchmark, Pairs(build(benchmark)), batch_size)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.5])
+def test_dropout_that_was_left_on(small, benchmark, rate):
+    model = nn.Sequential(build(benchmark), nn.Dropout(rate))
+    model.train = lambda mode: model  # as an agent forgets it, with F.dropout(x, training=True)
+    with pytest.raises(RuntimeError, match="gives two answers to the same input"):
+        score(benchmark, model)
+
+
+def test_the_probe_is_not_drawn_from_the_generator_that_train_py_seeds(benchmark):
+    """A model that knows the seed would know which rows are probed."""
+    seen = []
+
+    class Spy(Cheap):
+        def forward(self, inputs):
+            seen.append(inputs)
+            return super().forward(inputs)
+
+    for _ in range(2):
+        torch.manual_seed(0)
+        state, model = torch.get_rng_state(), Spy()
+        torch.set_rng_state(state)
+        prepare.check_causality(model, benchmark.rows("holdout"), 8, 512, CPU)
+        assert torch.equal(torch.get_rng_state(), state)
+    half = len(seen) // 2
+    assert not any(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:]))
+
+
+def test_work_in_eval_is_the_runs(benchmark):
+    model = Cheap()
+    model.eval = lambda: time.sleep(3.4)
+    with pytest.raises(RuntimeError, match=r"\d.\d s of a budget of 3 s"):
+        score(benchmark, model)
+
+
+def test_only_modules_are_scored(benchmark):
+    with pytest.raises(ValueError, match="must be a torch.nn.Module, not a function"):
+        score(benchmark, lambda inputs: torch.zeros(*inputs.shape, 512))
 
 
 def test_statistics_of_the_rows_before(small, benchmark):
     with pytest.raises(RuntimeError, match="the model sees other rows"):
-        sit(benchmark, Wrapped(build(benchmark), rows_before))
+        score(benchmark, Wrapped(build(benchmark), rows_before))
 
 
 class Remembers(nn.Module):
@@ -188,28 +290,28 @@ class Remembers(nn.Module):
 
 @pytest.mark.parametrize("where", ["buffer", "weights", "attribute"])
 def test_a_memory_of_scored_rows(benchmark, where):
-    with pytest.raises(RuntimeError, match="the model sees|scores the same rows differently|have changed during"):
-        sit(benchmark, Remembers(where))
+    with pytest.raises(RuntimeError, match="gives two answers|scores the same rows differently|have changed during"):
+        score(benchmark, Remembers(where))
 
 
 def test_weights_that_change_during_the_scoring(benchmark):
     model = Remembers("weights")
     model.forward = lambda inputs: (model.counts.data.add_(1e-4), torch.zeros(*inputs.shape, 512))[1]
     with pytest.raises(RuntimeError, match="parameters or buffers have changed"):
-        sit(benchmark, model)
+        score(benchmark, model)
 
 
 # --------------------------------------
-# Numbers that are no logits
+# Invalid logits
 
 
 def test_probabilities_that_do_not_sum_to_one(benchmark):
     """log p = 0 for every token is no certainty but a uniform model; a constant changes nothing."""
-    scores = [sit(benchmark, lambda inputs: torch.full((*inputs.shape, 512), value)) for value in (0.0, -3.0, 50.0)]
+    scores = [score(benchmark, Function(lambda x: torch.full((*x.shape, 512), value))) for value in (0.0, -3.0, 50.0)]
     assert scores == pytest.approx([scores[0]] * 3)
     targets, token_bytes = benchmark.rows("val")[:, 1:], benchmark.token_bytes()
-    uniform = math.log2(512) * (token_bytes[targets] > 0).sum() / token_bytes[targets].sum()
-    assert scores[0] == pytest.approx(uniform, rel=1e-6)
+    expected = math.log2(512) * (token_bytes[targets] > 0).sum() / token_bytes[targets].sum()
+    assert scores[0] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -226,23 +328,19 @@ def test_probabilities_that_do_not_sum_to_one(benchmark):
     ],
     ids=["float16 overflow", "nan", "infinity", "short rows", "fewer rows", "2-dimensional", "wider", "list"],
 )
-def test_no_logits(small, benchmark, spoil):
+def test_invalid_logits(small, benchmark, spoil):
     model = build(benchmark)
     with pytest.raises(ValueError, match="not scored"):
-        sit(benchmark, lambda inputs: spoil(model(inputs)))
+        score(benchmark, Function(lambda inputs: spoil(model(inputs))))
 
 
 # --------------------------------------
-# The clock and the exam, in this process
-
-
-def uniform(inputs):
-    return torch.zeros(*inputs.shape, 512)
+# The clock and the benchmark, in this process
 
 
 def test_a_clock_that_was_never_started(benchmark):
     with pytest.raises(RuntimeError, match="never started"):
-        prepare.evaluate_bpb(uniform, benchmark, 8, prepare.TrainingClock(benchmark, "cpu"))
+        prepare.evaluate_bpb(uniform(), benchmark, 8, prepare.TrainingClock(benchmark, "cpu"))
 
 
 def test_work_after_stop_counts(benchmark):
@@ -251,7 +349,7 @@ def test_work_after_stop_counts(benchmark):
     clock.stop()
     time.sleep(3.4)
     with pytest.raises(RuntimeError, match=r"\d.\d s of a budget of 3 s; .*score right after stop"):
-        prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+        prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
 
 
 @pytest.mark.parametrize("attribute", ["started", "stopped"])
@@ -262,22 +360,22 @@ def test_a_clock_that_was_set(benchmark, attribute):
     clock.stop()
     setattr(clock, attribute, getattr(clock, attribute) + (3 if attribute == "started" else -3))
     with pytest.raises(RuntimeError, match="not scored: "):
-        prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+        prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
 
 
 def test_a_second_score_of_the_same_run(benchmark):
     clock = prepare.TrainingClock(benchmark, "cpu")
     clock.start()
     clock.stop()
-    prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+    prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
     with pytest.raises(RuntimeError, match="scored before"):
-        prepare.evaluate_bpb(uniform, benchmark, 8, clock)
+        prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
 
 
 def test_another_budget_in_memory(benchmark):
     generous = prepare.Benchmark(**{**benchmark.__dict__, "time_budget": 300.0})
     with pytest.raises(RuntimeError, match="another benchmark than the one on disk"):
-        sit(generous, uniform)
+        score(generous, uniform())
 
 
 def test_another_budget_on_disk(benchmark, home):
@@ -285,7 +383,7 @@ def test_another_budget_on_disk(benchmark, home):
     (home / "current").write_text(benchmark.id)
     path = home / benchmark.id / "benchmark.json"
     path.write_text(path.read_text().replace('"time_budget": 3.0', '"time_budget": 300.0'))
-    with pytest.raises(SystemExit, match="benchmark.json was changed after it was prepared"):
+    with pytest.raises(SystemExit, match="benchmark.json was modified"):
         prepare.load_benchmark()
 
 
@@ -303,15 +401,15 @@ def test_easier_rows(benchmark, home, moment):
 
     if moment == "before":
         spoil()
-        with pytest.raises(SystemExit, match="val.npy was changed after it was prepared"):
+        with pytest.raises(SystemExit, match="val.npy was modified"):
             prepare.load_benchmark()
     else:
         clock = prepare.TrainingClock(loaded, "cpu")
         clock.start()
         spoil()
         clock.stop()
-        with pytest.raises(SystemExit, match="val.npy was changed after it was prepared"):
-            prepare.evaluate_bpb(uniform, loaded, 8, clock)
+        with pytest.raises(SystemExit, match="val.npy was modified"):
+            prepare.evaluate_bpb(uniform(), loaded, 8, clock)
 
 
 # --------------------------------------
@@ -328,6 +426,8 @@ def attempt(tmp_path, cells, monkeypatch):  # noqa: F811
     (prepare.HOME / prepared / "best.pt").unlink(missing_ok=True)
     for name in ("train.py", "prepare.py"):
         shutil.copy(ROOT / name, tmp_path)
+    source = (tmp_path / "train.py").read_text()  # a busy machine must not make it late
+    (tmp_path / "train.py").write_text(source.replace("while clock.elapsed", "while 2 * clock.elapsed"))
     git = ["git", "-c", "user.name=Agent", "-c", "user.email=agent@example.org"]
     subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
 
@@ -338,13 +438,15 @@ def attempt(tmp_path, cells, monkeypatch):  # noqa: F811
             (tmp_path / file).write_text(source.replace(old, new))
         for words in (["add", "train.py", "prepare.py"], ["commit", "-qm", "x"]):
             subprocess.run(git + words, cwd=tmp_path, check=True)
-        result = run("train.py", cwd=tmp_path, TORCHDYNAMO_DISABLE="1", AUTORESEARCH_SEED="1")
+        environment = {"TORCHDYNAMO_DISABLE": "1", "AUTORESEARCH_SEED": "1"}
+        result = run("train.py", cwd=tmp_path, **environment)
         journal = prepare.read_journal(prepare.HOME / prepared)
         if not journal:
             return result, None
         row = f"{journal[-1]['commit'][:7]}\t{journal[-1]['val_bpb']:.6f}\t1.0\tkeep\tbaseline\n"
         monkeypatch.chdir(tmp_path)
-        return result, [finding for _, _, finding in cells(HEADER + row)["findings"]]
+        findings = [finding for _, _, finding in cells(HEADER + row)["findings"]]
+        return result, [finding for finding in findings if "slow steps" not in finding]  # the machine may be busy
 
     return go
 
@@ -388,6 +490,63 @@ def test_training_in_a_thread_beyond_stop(attempt):
     assert result.returncode != 0 and findings is None, "refused, or torch itself broke off: no score in the journal"
 
 
+def test_rows_that_are_read_before_start(attempt):
+    line = "    clock.start()\n"
+    count = '    prepare.np.bincount(benchmark.rows("train").ravel())\n'
+    result, findings = attempt(("train.py", line, count + line))
+    assert result.returncode == 0 and any("outside of the timed part" in f for f in findings)
+
+
+WARM_STARTS = {
+    "best.pt": """
+    path = benchmark.path / "best.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path)["model"])
+""",
+    "weights.bin": """
+    path = "weights.bin"
+    if os.path.exists(path):
+        model.load_state_dict(torch.load(path))
+    torch.save(model.state_dict(), path)
+""",
+    "counts.npy": """
+    import numpy as np
+    if os.path.exists("counts.npy"):
+        np.load("counts.npy")
+    np.save("counts.npy", np.ones(3))
+""",
+    "val.npy": """
+    import numpy as np
+    np.load(benchmark.path / "val.npy", mmap_mode="r")
+""",
+}
+
+
+@pytest.mark.parametrize("file", WARM_STARTS)
+def test_what_an_earlier_run_has_learned(attempt, file):
+    line = "    optimizers = build_optimizers(model)\n    batch_tokens"
+    result, findings = attempt(("train.py", line, WARM_STARTS[file] + line))
+    assert result.returncode == 0, result.stderr
+    result, findings = attempt(("train.py", "import gc\n", "import gc\n\n"))
+    assert result.returncode == 0, result.stderr
+    assert [f for f in findings if f.startswith("read files")] == [f"read files, of an earlier run perhaps: {file}"]
+
+
+def test_a_checkpoint_of_its_own_is_no_earlier_run(attempt):
+    lines = """    clock.stop()
+    torch.save(model.state_dict(), "checkpoint.pt")
+    model.load_state_dict(torch.load("checkpoint.pt"))
+"""
+    result, findings = attempt(("train.py", "    clock.stop()\n", lines))
+    assert result.returncode == 0 and findings == []
+
+
+def test_a_run_that_is_a_little_late(attempt):
+    until = "    while clock.elapsed < 1.05: pass\n    clock.stop()\n"
+    result, findings = attempt(("train.py", "    clock.stop()\n", until))
+    assert result.returncode == 0 and findings == ["trained 1.1 s of a budget of 1 s"]
+
+
 def test_a_patched_time(attempt):
     patch = "import time\nreal = time.monotonic\ntime.monotonic = lambda: real() / 4\n"
     result, findings = attempt(("train.py", "import time\n", patch))
@@ -395,7 +554,7 @@ def test_a_patched_time(attempt):
 
 
 def test_a_run_that_is_just_too_long(attempt):
-    result, findings = attempt(("train.py", "    clock.stop()\n", "    time.sleep(0.6)\n    clock.stop()\n"))
+    result, findings = attempt(("train.py", "    clock.stop()\n", "    time.sleep(1.2)\n    clock.stop()\n"))
     assert result.returncode == 1 and "s of a budget of 1 s" in result.stderr
 
 
@@ -438,7 +597,7 @@ def test_an_invented_row_and_an_improved_one(cells):  # noqa: F811
 def test_an_implausible_gain(cells):  # noqa: F811
     ledger = NIGHT + "fffffff\t0.800000\t1.0\tkeep\ta bug\n"
     found = cells(ledger, journal_of(ledger))
-    assert [f for *_, f in found["findings"]] == ["a gain of 19.0% in one step: look for a bug, run it again"]
+    assert [f for *_, f in found["findings"]] == ["a gain of 18.9% in one step: look for a bug, run it again"]
 
 
 # --------------------------------------
@@ -490,6 +649,107 @@ class LinearAttention(nn.Module):
         return self.head((x.unsqueeze(-2) @ state).squeeze(-2) / 10)
 
 
+class StateSpace(nn.Module):
+    """A diagonal state space model, as a scan or as a convolution by FFT."""
+
+    def __init__(self, fft):
+        super().__init__()
+        self.fft, self.table, self.head = fft, nn.Embedding(512, 64), nn.Linear(64, 512)
+        self.decay = nn.Parameter(torch.rand(64))
+
+    def forward(self, inputs):
+        x, T = self.table(inputs), inputs.size(1)
+        kernel = self.decay ** torch.arange(T)[:, None]  # [T, K]
+        if self.fft:  # twice the length, so that nothing wraps around
+            y = torch.fft.irfft(torch.fft.rfft(x, 2 * T, dim=1) * torch.fft.rfft(kernel, 2 * T, dim=0), dim=1)[:, :T]
+        else:
+            states = [x[:, 0]]
+            for t in range(1, T):
+                states.append(self.decay * states[-1] + x[:, t])
+            y = torch.stack(states, dim=1)
+        return 3 * self.head(y)
+
+
+class TopK(nn.Module):
+    """Every token goes to two of eight experts, weighted, each expert on a batch of its own, in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(512, 64, dtype=torch.bfloat16)
+        self.router = nn.Linear(64, 8, dtype=torch.bfloat16)
+        self.experts = nn.ModuleList(nn.Linear(64, 64, dtype=torch.bfloat16) for _ in range(8))
+        self.head = nn.Linear(64, 512, dtype=torch.bfloat16)
+
+    def forward(self, inputs):
+        x = self.table(inputs).flatten(0, 1)
+        weights, choices = self.router(x).softmax(dim=1).topk(2, dim=1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, rank = (choices == number).nonzero(as_tuple=True)
+            y = y.index_add(0, token, expert(x[token]) * weights[token, rank, None])
+        return (3 * self.head(x + F.gelu(y))).view(*inputs.shape, -1)
+
+
+class Chunks(nn.Module):
+    """Attention within chunks of 24 tokens, padded to whole ones; with `rows` as a view of them, [B T / 32, 32]."""
+
+    def __init__(self, model, length):
+        super().__init__()
+        self.model, self.length = model, length
+
+    def forward(self, inputs):
+        B, T = inputs.shape
+        padded = F.pad(inputs, (0, -T % self.length))
+        return self.model(padded.view(-1, self.length)).reshape(B, -1, 512)[:, :T]
+
+
+class Int8(nn.Module):
+    """Weights in int8, and activations, each token with a scale of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(512, 64)
+        self.register_buffer("weight", torch.randint(-127, 128, (512, 64), dtype=torch.int8))
+
+    def forward(self, inputs):
+        x = self.table(inputs)
+        scale = x.abs().amax(dim=-1, keepdim=True) / 127
+        return ((x / scale).round() * scale) @ (self.weight.float().mT / 127)
+
+
+class Averaged(nn.Module):
+    """Scored with an exponential moving average of its weights, which eval() swaps in."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.average = model, {name: 0.9 * weight for name, weight in model.state_dict().items()}
+
+    def train(self, mode=True):
+        if mode != self.training:
+            current = {name: weight.clone() for name, weight in self.model.state_dict().items()}
+            self.model.load_state_dict(self.average)
+            self.average = current
+        return super().train(mode)
+
+    def forward(self, inputs):
+        return self.model(inputs)
+
+
+class EarlyExit(nn.Module):
+    """Tokens that are sure enough skip the second layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(512, 64), nn.Linear(64, 512)
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, inputs):
+        x = self.table(inputs)
+        unsure = self.head(x).softmax(dim=-1).amax(dim=-1) < 0.01
+        x = x.masked_scatter(unsure[..., None], x[unsure] + F.gelu(self.layer(x[unsure])))
+        return 3 * self.head(x)
+
+
 def plain_mask(q, k, v, window):
     """A window by a plain mask instead of bands."""
     T = q.size(1)
@@ -521,7 +781,29 @@ HONEST = {
         build(benchmark), lambda self, x, logits: (x == BOS).cumsum(dim=1)[..., None].float() * HASH[0]
     ),
     "dropout": lambda benchmark: nn.Sequential(build(benchmark), nn.Dropout(0.1)),
-    "uniform": lambda benchmark: uniform,
+    "uniform": lambda benchmark: uniform(),
+    "compiled with dynamic shapes": lambda benchmark: torch.compile(
+        build(benchmark), backend="aot_eager", dynamic=True
+    ),
+    "state space": lambda benchmark: StateSpace(fft=False),
+    "FFT convolution": lambda benchmark: StateSpace(fft=True),
+    "top-2 experts in bfloat16": lambda benchmark: TopK(),
+    "chunks with padding": lambda benchmark: Chunks(build(benchmark), 24),
+    "chunks as rows": lambda benchmark: Chunks(build(benchmark), 32),
+    "int8": lambda benchmark: Int8(),
+    "bfloat16 logits": lambda benchmark: Wrapped(build(benchmark), lambda self, x, logits: 0).bfloat16(),
+    "large logits": lambda benchmark: Wrapped(build(benchmark), lambda self, x, logits: 9 * logits),
+    "masked logits": lambda benchmark: Wrapped(
+        build(benchmark), lambda self, x, logits: -1e9 * (torch.arange(512) > 508).float()
+    ),
+    "moving average": lambda benchmark: Averaged(build(benchmark)),
+    "early exit": lambda benchmark: EarlyExit(),
+    "one logit far above": lambda benchmark: Wrapped(
+        build(benchmark), lambda self, x, logits: 30.0 * F.one_hot(x * 0 + 7, 512)
+    ),
+    "position embedding alone": lambda benchmark: Wrapped(
+        build(benchmark), lambda self, x, logits: torch.randn(64, 512, generator=torch.Generator().manual_seed(1))
+    ),
 }
 
 
@@ -530,11 +812,11 @@ def test_honest_models_are_scored(small, benchmark, kind):
     torch.manual_seed(0)
     model = HONEST[kind](benchmark)
     for _ in range(3):
-        assert 0.5 < sit(benchmark, model) < 60
+        assert 0.5 < score(benchmark, model) < 60
 
 
 def test_honest_masks_are_scored(small, benchmark):
-    assert sit(benchmark, build(benchmark, attention=plain_mask)) < 60
+    assert score(benchmark, build(benchmark, attention=plain_mask)) < 60
 
 
 def test_noisy_models_pass_many_probes(benchmark):

@@ -87,13 +87,6 @@ def test_split_keeps_the_order_within_a_document():
     assert np.array_equal(np.concatenate(pieces), document[: sum(map(len, pieces))])
 
 
-def test_take_rows_uses_no_more_batches_than_it_needs():
-    batches = iter(numbered([10] * 50, 5))
-    rows = prepare.take_rows(batches, 6, 11, BOS, split=True)
-    assert len(rows) == 6 and len(list(batches)) == 8  # two batches of five documents give ten rows
-    assert prepare.take_rows(iter(numbered([10] * 3, 1)), 6, 11, BOS, split=True) == []
-
-
 def test_written_rows_are_what_was_given(tmp_path):
     rows = [np.arange(start, start + 5, dtype=np.uint16) for start in range(60_000, 60_123)]
     assert prepare.write_rows(tmp_path / "rows.npy", iter(rows), 5) == 123

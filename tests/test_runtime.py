@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Function, uniform
 
 import prepare
 
@@ -156,7 +156,6 @@ def test_unfair_runs_are_not_scored(benchmark, fault):
         clock.start()
     if fault == "late":
         clock.started -= 3.4
-        clock.stamp -= 3.4
         clock.stop()
     before = prepare.read_journal(benchmark.path)
     with pytest.raises(
@@ -187,8 +186,7 @@ def test_uniform_model_has_its_closed_form(benchmark, clock):
     rows, token_bytes = np.array(benchmark.rows("val")), benchmark.token_bytes()
     targets = rows[:, 1:]
     expected = math.log2(512) * (token_bytes[targets] > 0).sum() / token_bytes[targets].sum()
-    model = lambda inputs: torch.zeros(*inputs.shape, 512)  # noqa: E731
-    assert prepare.evaluate_bpb(model, benchmark, 16, clock) == pytest.approx(expected, rel=1e-6)
+    assert prepare.evaluate_bpb(uniform(), benchmark, 16, clock) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -273,7 +271,7 @@ def test_the_model_cannot_reach_the_targets(benchmark, clock):
         assert inputs.untyped_storage().nbytes() == inputs.numel() * 8
         return torch.zeros(*inputs.shape, 512)
 
-    prepare.evaluate_bpb(greedy, benchmark, 8, clock)
+    prepare.evaluate_bpb(Function(greedy), benchmark, 8, clock)
 
 
 # --------------------------------------

@@ -138,7 +138,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     }, "\n".join(path.read_text()[-500:] for path in agent.folder.glob("wave/*.log"))
     again = agent.sh("submit", runs="slow:1", slot=slot, **with_arguments)
     assert "not submitted" in again and "already exists" in again and len(jobs()) == 4  # the same id does not run twice
-    holder = prepare.lock_device(torch.device("cpu"))[0]  # somebody else trains on the first node
+    holder = prepare.lock_device(torch.device("cpu"))  # somebody else trains on the first node
     agent.sh("submit", runs="slow:1-2", slot=slot, **with_arguments)
     wait_for(lambda: jobs()[slow + "-2"] == "FAILED", 120)
     holder.release()

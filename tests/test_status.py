@@ -1,0 +1,175 @@
+"""`prepare.py --status` and its functions, which analysis.ipynb uses, too, against a brute-force reading."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+from statistics import mean, stdev
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import prepare
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+
+
+@given(runs=st.lists(st.tuples(st.sampled_from("abcde"), st.floats(0.5, 2)), max_size=30))
+def test_noise_floor_and_worth_against_brute_force(runs):
+    ledger = [{"commit": commit, "val_bpb": score} for commit, score in runs]
+    scores = prepare.scores_of([*ledger, {"commit": "f", "val_bpb": math.nan}])
+    assert scores == {c: [s for other, s in runs if other == c] for c in dict.fromkeys(c for c, _ in runs)}
+    repeated = [group for group in scores.values() if len(group) > 1]
+    if not repeated:
+        assert math.isnan(prepare.noise_floor(scores))
+    else:
+        pooled = sum(stdev(g) ** 2 * (len(g) - 1) for g in repeated) / sum(len(g) - 1 for g in repeated)
+        assert prepare.noise_floor(scores) == pytest.approx(2 * math.sqrt(pooled), abs=1e-9)
+    for number, (commit, group) in enumerate(scores.items()):
+        decisive = group if number == 0 or len(group) == 1 else group[1:]
+        assert prepare.worth(commit, scores) == pytest.approx(mean(decisive))
+
+
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [  # against a baseline of 1.000 with a noise floor of 0.010
+        ([0.980], "repeat"),
+        ([0.998], "discard"),
+        ([1.100], "discard"),
+        ([0.980, 0.991], "keep"),
+        ([0.980, 0.996], "discard"),  # however lucky the first run was
+        ([0.997, 0.980], "keep"),
+        ([0.980, 0.990, 1.002], "discard"),
+    ],
+)
+def test_verdict(tried, expected):
+    scores = {"base": [0.995, 1.0, 1.005], "new": tried, "wide": [2.0]}
+    if len(tried) == 1:  # more runs of a commit change the floor a little
+        assert prepare.noise_floor(scores) == pytest.approx(0.01)
+    assert prepare.verdict("new", "base", scores) == expected
+
+
+def test_sparkline():
+    assert prepare.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
+    assert prepare.sparkline([2, 2]) == "▁▁" and prepare.sparkline([1]) == "▁"
+    assert len(prepare.sparkline(list(range(500)))) == 60 and prepare.sparkline(list(range(500)))[-1] == "█"
+
+
+# --------------------------------------
+# The command, in a night
+
+
+@pytest.fixture
+def night(benchmark, home, tmp_path, monkeypatch, capsys):
+    """A repository with a ledger and a journal, to which runs are added; `status()` is what the command prints."""
+    shutil.copytree(benchmark.path, home / benchmark.id, ignore=lambda *_: ["journal.jsonl", "best.pt"])
+    (home / "current").write_text(benchmark.id)
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    shutil.copy(ROOT / "prepare.py", folder)
+    monkeypatch.setattr(prepare, "__file__", str(folder / "prepare.py"))
+    monkeypatch.chdir(folder)
+    journal = home / benchmark.id / "journal.jsonl"
+
+    class Night:
+        def git(self, *words):
+            git = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *words]
+            return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+
+        def commit(self):
+            self.git("commit", "-q", "--allow-empty", "-m", "an idea")
+            return self.git("rev-parse", "--short=7", "HEAD")
+
+        def run(self, score, seed=1, **changes):
+            run = {"time": prepare.now(), "commit": self.git("rev-parse", "HEAD"), "dirty": False, "seed": seed}
+            run |= {"same_prepare": True, "val_bpb": score, "peak_memory_mb": 2048.0, **changes}
+            with open(journal, "a") as file:
+                file.write(json.dumps(run) + "\n")
+
+        def row(self, score, status, commit=None):
+            with open("results.tsv", "a") as file:
+                file.write(
+                    f"{commit or self.git('rev-parse', '--short=7', 'HEAD')}\t{score:.6f}\t2.0\t{status}\tan idea\n"
+                )
+
+        def status(self):
+            capsys.readouterr()
+            prepare.main(["--status"])
+            return capsys.readouterr().out
+
+    night = Night()
+    night.git("init", "-q")
+    night.commit()
+    (folder / "results.tsv").write_text(HEADER)
+    return night
+
+
+def next_of(text):
+    (line,) = [line for line in text.splitlines() if line.startswith("next: ")]
+    return line.removeprefix("next: ")
+
+
+def test_a_night(night):
+    assert next_of(night.status()) == "the baseline with seed 1"
+    start = night.git("rev-parse", "--short=7", "HEAD")
+    for seed, score in ((1, 0.995), (2, 1.0), (3, 1.005)):
+        night.run(score, seed)
+        assert next_of(night.status()) == f"write the row: {start} {score:.6f} 2.0 keep"
+        night.row(score, "keep")
+        assert next_of(night.status()) == (f"the baseline with seed {seed + 1}" if seed < 3 else "a new idea")
+    assert "noise floor: 0.010000\n" in night.status() and f"to beat:     1.000000 ({start})" in night.status()
+
+    idea = night.commit()
+    assert next_of(night.status()).startswith("run it with seed 1, or if it has crashed write its row: ")
+    night.run(0.980)
+    text = night.status()
+    assert "  0.980000 seed 1, gain 0.020000, NO ROW YET\n" in text
+    assert next_of(text) == f"write the row: {idea} 0.980000 2.0 discard"
+    night.row(0.980, "discard")
+    text = night.status()
+    assert "NO ROW" not in text and next_of(text) == "promising, run it with seed 2"
+    assert night.status() == text, "looking again counts nothing twice"
+    night.run(0.985, 2)
+    assert next_of(night.status()) == f"write the row: {idea} 0.985000 2.0 keep"
+    night.row(0.985, "keep")
+    text = night.status()
+    assert next_of(text) == "a new idea" and f"to beat:     0.985000 ({idea})" in text
+    assert "1.0000 to 0.9850 in 5 runs" in text
+
+    crash = night.commit()
+    night.row(0, "crash")
+    text = night.status()
+    assert next_of(text) == "reset to the last keep" and f"{crash}\t" in text.splitlines()[-1]
+    night.git("reset", "-q", "--hard", "HEAD^")
+    worse = night.commit()
+    night.run(1.2)
+    assert next_of(night.status()) == f"write the row: {worse} 1.200000 2.0 discard"
+    night.row(1.2, "discard")
+    assert next_of(night.status()) == "reset to the last keep"
+
+
+def test_an_older_night_at_the_same_commit_does_not_count(night):
+    night.run(0.9, time="2020-01-01T00:00:00+00:00")
+    assert next_of(night.status()) == "the baseline with seed 1"
+    night.run(1.0)
+    night.row(1.0, "keep")
+    assert next_of(night.status()) == "the baseline with seed 2" and "0.900000" not in night.status()
+
+
+def test_without_a_ledger(night):
+    os.remove("results.tsv")
+    assert next_of(night.status()) == "the baseline with seed 1"
+
+
+def test_warnings(night):
+    night.run(1.0, slow_steps_percent=40.0, training_seconds=3.2, time_budget=3.0, files_read=["/a/best.pt"], gpus=2)
+    prepare.Path("run.log").write_text(
+        "COMPILE: torch.compile does not work here\nattention: varlen not used (x)\n---\n"
+    )
+    text = night.status()
+    for words in ("40% of the time in slow steps", "trained 3.2 s of a budget of 3 s", "best.pt", "used 2 GPUs"):
+        assert f"  warning: {words}" in text or words in text
+    assert "  warning: run.log: COMPILE: torch" in text and "  warning: run.log: attention: varlen not used" in text
