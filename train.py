@@ -97,7 +97,7 @@ class Linear(nn.Linear):
 
 
 class GPT(nn.Module):
-    """Activations have the precision `dtype`, parameters are float32 and cast where they are used."""
+    """Activations have the precision `dtype`; parameters are float32, cast where used."""
 
     def __init__(self, vocab_size, max_seq_len, dtype, attention):
         super().__init__()
@@ -157,7 +157,7 @@ class GPT(nn.Module):
             odds = odds[..., 0]
             copied = (weights * (inputs[:, None] == targets[..., None])).sum(-1).clamp_min(1e-30).log()
             nll = F.softplus(odds) - torch.logaddexp(-nll, copied + odds)
-        return nll.mean()  # other objectives go here, after the pointer
+        return nll.mean()  # other objectives go here
 
     def compile_parts(self):
         """Per block: blocks of one shape share their code, so that it takes a fraction of the time."""
