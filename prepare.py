@@ -1121,7 +1121,7 @@ def peak_memory_mb(device):
 LEDGER = ("commit", "val_bpb", "memory_gb", "status", "description")
 PROMISING = 1 / 4  # of the noise floor: what a first run must gain to be repeated ...
 KEEP = 1 / 2  # ... and what the runs after it must gain
-SEEDS = (1, 2, 3)  # that program.md names
+SEEDS = (1, 2, 3, 4, 5)  # that program.md names, three for the baseline
 LATE_FLAG = 1.02  # budgets of training
 SLOW_FLAG = 10  # percent of the time in slow steps
 
@@ -1228,49 +1228,57 @@ def print_status():
     """Where the night stands, from results.tsv in this folder, the journal and git, and what program.md says next."""
     benchmark, ledger, path = load_benchmark(), read_ledger(), Path("results.tsv")
     created = datetime.fromtimestamp(path.stat().st_mtime if path.exists() else time.time(), timezone.utc)
-    matched, unlisted = match_runs(ledger, read_journal(benchmark.path), created.isoformat(timespec="seconds"))
+    journal = read_journal(benchmark.path)
+    matched, unlisted = match_runs(ledger, journal, created.isoformat(timespec="seconds"))
     head = (git("rev-parse", "HEAD") or "no commit")[:7]
     rows = [row for row in ledger if row["commit"] == head]
     new = [run for run in unlisted if str(run["commit"]).startswith(head)]
-    runs = [run for number, run in matched.items() if ledger[number]["commit"] == head] + new
-    scores = scores_of([*ledger, *({"commit": head, "val_bpb": run["val_bpb"]} for run in new)])
-    kept = [row["commit"] if row["status"] == "keep" and row["commit"] in scores else None for row in ledger]
-    best = ([commit for commit in kept if commit] or [None])[-1]
-    low = list(itertools.accumulate((worth(commit, scores) if commit else math.inf for commit in kept), min))
-    low = [score for score in low if score < math.inf]
+    slow = [run for run in new if run.get("slow_steps_percent", 0) > SLOW_FLAG][:2]  # the third counts
+    counted = [run for run in new if run not in slow]
+    listed = [id(run) for number, run in matched.items() if ledger[number]["commit"] == head]
+    runs = [run for run in journal if run in new or id(run) in listed]
+    scores = scores_of([*ledger, *({"commit": head, "val_bpb": run["val_bpb"]} for run in counted)])
+    keeps = [row["commit"] if row["status"] == "keep" and row["commit"] in scores else None for row in ledger]
+    kept = list(dict.fromkeys(filter(None, keeps)))
+    best, floor = kept[-1] if kept else head, noise_floor(scores)
 
-    print(f"benchmark:   {benchmark.id}, {benchmark.time_budget:g} s a run")
-    floor = noise_floor(scores)
+    print(f"benchmark:   {benchmark.id}, {benchmark.time_budget:g} s a run, {len(ledger)} rows")
     print(f"noise floor: {floor:.6f}" if floor > 0 else "noise floor: unknown, no commit ran twice")
-    if best:
-        print(f"to beat:     {worth(best, scores):.6f} ({best})")
-        print(f"best so far: {sparkline(low)} {low[0]:.4f} to {low[-1]:.4f} in {len(ledger)} runs")
-    print(f"this commit: {head}")
+    if kept:
+        low = itertools.accumulate((worth(commit, scores) if commit else math.inf for commit in keeps), min)
+        low = [score for score in low if score < math.inf]
+        print(f"best so far: {sparkline(low)} {low[0]:.4f} to {low[-1]:.4f}")
+        print(f"to beat:     {worth(best, scores):.6f}, {best}")
+    print(f"this commit: {head}" + ", the one to beat" * (head == best))
     for run in runs:
-        gain = f", gain {worth(best, scores) - run['val_bpb']:.6f}" if best not in (None, head) else ""
-        print(f"  {run['val_bpb']:.6f} seed {run['seed']}{gain}" + ", NO ROW YET" * (run in new))
+        gain = f", gain {worth(best, scores) - run['val_bpb']:.6f}" if head not in kept and kept else ""
+        state = ", does not count" if run in slow else ", no row yet" if run in new else ""
+        print(f"  {run['val_bpb']:.6f} seed {run['seed']}{gain}{state}")
         for words in flags(run):
             print(f"  warning: {words}")
     log = Path("run.log").read_text(errors="replace") if Path("run.log").exists() else ""
     fallbacks = r"^(?:CPU|COMPILE|DEVICE_BATCH_SIZE): .*|^attention: \w+ not used.*|^\S+ has no gradient.*"
     for line in re.findall(fallbacks, log, re.M):
         print(f"  warning: run.log: {line}")
+    for row in ledger[-10:]:
+        print(f"  {row['commit']} {row['val_bpb']:.6f} {row['status']:<7} {row['description']:.80}")
 
-    what = "keep" if best in (None, head) else verdict(head, best, scores) if head in scores else "crash"
-    seed = next((seed for seed in SEEDS if seed not in [run["seed"] for run in runs]), None)
-    if new:
-        run, status = new[0], "discard" if what == "repeat" else what
-        print(f"next: write the row: {head} {run['val_bpb']:.6f} {run['peak_memory_mb'] / 1024:.1f} {status}")
-    elif best in (None, head) and len(set(scores)) < 2 and seed:
-        print(f"next: the baseline with seed {seed}")
+    what = "keep" if head in (best, *kept) else verdict(head, best, scores) if head in scores else "crash"
+    seeds = [run["seed"] for run in runs if run not in slow]
+    seed = next((seed for seed in SEEDS[:3] if seed not in seeds), None)
+    if counted:
+        memory, status = counted[0]["peak_memory_mb"] / 1024, "discard" if what == "repeat" else what
+        print(f"next: write the row: {head} {counted[0]['val_bpb']:.6f} {memory:.1f} {status}")
+    elif slow and runs[-1] is slow[-1]:
+        print(f"next: disturbed, is the machine idle? Run it again with seed {slow[-1]['seed']}")
+    elif len(scores) < 2 and head == best and seed:
+        print(f"next: run the baseline with seed {seed}")
     elif not rows and head != best:
-        print(f"next: run it with seed {seed}, or if it has crashed write its row: {head} 0.000000 0.0 crash")
+        print(f"next: run it with seed {seed}; if it has crashed write the row: {head} 0.000000 0.0 crash")
     elif what == "repeat" and seed:
         print(f"next: promising, run it with seed {seed}")
     else:
-        print("next: a new idea" if rows and rows[-1]["status"] == "keep" else "next: reset to the last keep")
-    for row in ledger[-10:]:
-        print("\t".join(f"{row[name]}" for name in LEDGER))
+        print("next: " + ("a new idea" if what == "keep" else f"store it as refs/tries/{head}, reset to {best}"))
 
 
 # --------------------------------------
@@ -1330,6 +1338,9 @@ def main(arguments=None):
     options = parse_arguments(arguments)
     if options.status:
         return print_status()
+    branch = git("branch", "--show-current") or ""
+    if branch.startswith("autoresearch/"):
+        raise SystemExit(f"a night works on branch {branch}, with its own benchmark: leave the branch first")
     if not options.dataset:
         options.dataset = "climbmix" if torch.cuda.is_available() else "local"
         why = "this machine has CUDA" if torch.cuda.is_available() else "no CUDA here"

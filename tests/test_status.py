@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from statistics import mean, stdev
@@ -113,55 +114,90 @@ def next_of(text):
 
 
 def test_a_night(night):
-    assert next_of(night.status()) == "the baseline with seed 1"
+    assert next_of(night.status()) == "run the baseline with seed 1"
     start = night.git("rev-parse", "--short=7", "HEAD")
     for seed, score in ((1, 0.995), (2, 1.0), (3, 1.005)):
         night.run(score, seed)
         assert next_of(night.status()) == f"write the row: {start} {score:.6f} 2.0 keep"
         night.row(score, "keep")
-        assert next_of(night.status()) == (f"the baseline with seed {seed + 1}" if seed < 3 else "a new idea")
-    assert "noise floor: 0.010000\n" in night.status() and f"to beat:     1.000000 ({start})" in night.status()
+        assert next_of(night.status()) == (f"run the baseline with seed {seed + 1}" if seed < 3 else "a new idea")
+    assert "noise floor: 0.010000\n" in night.status() and f"to beat:     1.000000, {start}\n" in night.status()
 
     idea = night.commit()
-    assert next_of(night.status()).startswith("run it with seed 1, or if it has crashed write its row: ")
+    assert next_of(night.status()).startswith("run it with seed 1; if it has crashed write the row: ")
     night.run(0.980)
     text = night.status()
-    assert "  0.980000 seed 1, gain 0.020000, NO ROW YET\n" in text
+    assert "  0.980000 seed 1, gain 0.020000, no row yet\n" in text
     assert next_of(text) == f"write the row: {idea} 0.980000 2.0 discard"
     night.row(0.980, "discard")
     text = night.status()
-    assert "NO ROW" not in text and next_of(text) == "promising, run it with seed 2"
+    assert "no row" not in text and next_of(text) == "promising, run it with seed 2"
     assert night.status() == text, "looking again counts nothing twice"
     night.run(0.985, 2)
     assert next_of(night.status()) == f"write the row: {idea} 0.985000 2.0 keep"
     night.row(0.985, "keep")
     text = night.status()
-    assert next_of(text) == "a new idea" and f"to beat:     0.985000 ({idea})" in text
-    assert "1.0000 to 0.9850 in 5 runs" in text
+    assert next_of(text) == "a new idea" and f"to beat:     0.985000, {idea}\n" in text
+    assert "1.0000 to 0.9850\n" in text and "5 rows" in text
 
     crash = night.commit()
     night.row(0, "crash")
     text = night.status()
-    assert next_of(text) == "reset to the last keep" and f"{crash}\t" in text.splitlines()[-1]
+    assert (
+        next_of(text) == f"store it as refs/tries/{crash}, reset to {idea}" and f"  {crash} nan crash   an idea" in text
+    )
     night.git("reset", "-q", "--hard", "HEAD^")
     worse = night.commit()
     night.run(1.2)
     assert next_of(night.status()) == f"write the row: {worse} 1.200000 2.0 discard"
     night.row(1.2, "discard")
-    assert next_of(night.status()) == "reset to the last keep"
+    assert next_of(night.status()) == f"store it as refs/tries/{worse}, reset to {idea}"
+
+    # the baseline once more, and both of them at the end: what is to beat stays what it was
+    for commit, seed, score in ((start, 1, 1.01), (start, 4, 1.0), (idea, 4, 0.984)):
+        night.git("checkout", "-q", "--detach", commit)
+        night.run(score, seed)
+        assert next_of(night.status()) == f"write the row: {commit} {score:.6f} 2.0 keep"
+        night.row(score, "keep")
+        assert f"{idea}\n" in re.search("to beat: .*\n", night.status())[0]
+
+
+def test_disturbed_runs_do_not_count_but_the_third_does(night):
+    for seed, score in ((1, 0.995), (2, 1.0), (3, 1.005)):
+        night.run(score, seed)
+        night.row(score, "keep")
+    commit = night.commit()
+    for number in (1, 2, 3):
+        night.run(1.1 + number, 1, slow_steps_percent=30.0)
+        text = night.status()
+        if number < 3:
+            assert next_of(text) == "disturbed, is the machine idle? Run it again with seed 1"
+            assert f"  {1.1 + number:.6f} seed 1, gain {-0.1 - number:.6f}, does not count\n" in text
+    assert next_of(text) == f"write the row: {commit} 4.100000 2.0 discard"
+    night.row(4.1, "discard")
+    assert next_of(night.status()).startswith("store it")
+
+
+def test_a_disturbed_run_and_then_a_good_one(night):
+    night.run(1.5, 1, slow_steps_percent=30.0)
+    assert next_of(night.status()) == "disturbed, is the machine idle? Run it again with seed 1"
+    night.run(1.0, 1, slow_steps_percent=1.0)
+    assert "write the row" in next_of(night.status()) and "1.000000" in next_of(night.status())
+    night.row(1.0, "keep")
+    assert next_of(night.status()) == "run the baseline with seed 2"
 
 
 def test_an_older_night_at_the_same_commit_does_not_count(night):
     night.run(0.9, time="2020-01-01T00:00:00+00:00")
-    assert next_of(night.status()) == "the baseline with seed 1"
+    assert next_of(night.status()) == "run the baseline with seed 1"
     night.run(1.0)
     night.row(1.0, "keep")
-    assert next_of(night.status()) == "the baseline with seed 2" and "0.900000" not in night.status()
+    assert next_of(night.status()) == "run the baseline with seed 2" and "0.900000" not in night.status()
 
 
 def test_without_a_ledger(night):
     os.remove("results.tsv")
-    assert next_of(night.status()) == "the baseline with seed 1"
+    assert next_of(night.status()) == "run the baseline with seed 1"
 
 
 def test_warnings(night):
