@@ -108,6 +108,9 @@ class Agent:
             text=True,
         )
 
+    def run(self, *command):
+        return run(*command, cwd=self.folder, **self.environment)
+
     def git(self, *words):
         command = ["git", *words]
         return subprocess.run(
