@@ -7,9 +7,9 @@ The fixed harness: data, tokenizer, dataloader, training clock and metric. The a
 
 A benchmark is a folder under $AUTORESEARCH_HOME (default ~/.cache/autoresearch): a tokenizer, packed rows of tokens for
 training, validation and a holdout, and benchmark.json with the constants that make two runs comparable. All of it is
-settled when it is prepared: nothing in the environment or in train.py changes it.
+settled when it is prepared: nothing in train.py or in the environment, but for the seed, changes a run on it.
 
-The metric is val_bpb, bits per byte of the validation text, lower is better. It does not depend on the vocabulary.
+The metric is val_bpb, bits per byte of the validation text, lower is better, whatever the vocabulary.
 
 Sections: Constants, Benchmark, Text, Download, Tokenizer, Packing, Build, Dataloader, Clock, Metric, Journal, Status,
 Command line
@@ -86,18 +86,18 @@ FLASH3_CAPABILITIES = ((8, 0), (9, 0))  # A100 and H100: on others it calls exit
 LOCAL_PACKAGES = ("torch", "sympy", "numpy", "networkx")  # the default text, with the standard library
 LOCAL_SKIPPED = ("test", "tests", "idle_test", "site-packages", "dist-packages")
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")  # the last two hold many documents
-FEW_GROUPS = 10  # with fewer groups of local text than this, files are cut into blocks of ...
-BLOCK_CHARACTERS = 65_536  # ... this size, each a group of its own
-TOO_SMALL = "text too small: add some, or lower --val-rows and --holdout-rows, which leave nothing to train on"
+FEW_GROUPS = 10  # with fewer groups of local text than this, files are cut into blocks, each a group of its own ...
+BLOCK = r"(?s:.{1,65536})[^\n]{0,65536}\n?"  # ... of 65,536 characters and the rest of the line, if it is not too long
+TOO_SMALL = "text too small: add more, or lower --val-rows and --holdout-rows, which leave nothing to train on"
 
 DOWNLOAD_WORKERS = 4
 DOWNLOAD_ATTEMPTS = 4
 DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 RETRY_SECONDS = 1.0  # before the second attempt; doubles with each
 
-LATE_LIMIT = 1.1  # a run that trained for longer than this many budgets is not scored
+LATE_LIMIT = 1.1  # a run that trained for more than this multiple of its budget is not scored
 CLOCK_ERROR = 1.0  # seconds that the system's clock may be ahead of Python's
-SLOW_STEP = 1.5  # a step that took so many medians was disturbed
+SLOW_STEP = 1.5  # a step that took longer than this many median steps was disturbed
 MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
 SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
 
@@ -109,8 +109,9 @@ PROBE_MARGIN = 3  # ... and by so many times what was seen without a new future
 MOVED_SHARE = 0.05  # but if they move by more than this without one, at more than ...
 MOVED_POSITIONS = 0.01  # ... this share of the positions, it is no rounding
 
-# What Python, torch and the system read for themselves (see watch_files)
-LIBRARIES = (sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/", "/etc/", "/usr/", str(HOME / "compiled"), "<")
+# Where Python, torch and the system keep what they read for themselves (see watch_files)
+LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+LIBRARIES = (*LIBRARIES, "/usr/lib", "/usr/share", "/proc/", "/sys/", "/dev/", "/etc/", str(HOME / "compiled"), "<")
 
 
 # --------------------------------------
@@ -318,20 +319,10 @@ def local_batches(groups, counts):
                 counts["skipped files"] += 1
                 continue
             if len(groups) < FEW_GROUPS:
-                yield from (distinct([block]) for block in blocks(text))
+                yield from (distinct([block]) for block in re.findall(BLOCK, text))
             else:
                 group += distinct([text])
         yield group
-
-
-def blocks(text):
-    """Cut a text into blocks of BLOCK_CHARACTERS and what is left of the line, or twice as many in a very long one."""
-    start = 0
-    while start < len(text):
-        limit = start + 2 * BLOCK_CHARACTERS
-        end = text.find("\n", start + BLOCK_CHARACTERS, limit) + 1 or limit
-        yield text[start:end]
-        start = end
 
 
 # --------------------------------------
@@ -344,7 +335,7 @@ def fetch(dataset, names):
     folder.mkdir(parents=True, exist_ok=True)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/datasets/{REPOSITORIES[dataset]}/resolve/main"
-    stop = threading.Event()  # what other downloads have then stays for the next time
+    stop = threading.Event()  # partial downloads are kept for the next run
     with ThreadPoolExecutor(DOWNLOAD_WORKERS) as pool:
         missing = [name for name in names if not (folder / name).exists()]
         downloads = [pool.submit(download, f"{url}/{name}", folder / name, stop) for name in missing]
@@ -352,7 +343,7 @@ def fetch(dataset, names):
             for count, one in enumerate(as_completed(downloads), 1):
                 print(f"{dataset}: {count} of {len(missing)} files, {one.result().name} is here", flush=True)
         except KeyboardInterrupt:
-            print("interrupted; run this again to go on")
+            print("interrupted; run this again to resume")
             os._exit(130)  # at once: a thread that waits for a stalled server would hold the process up
         finally:
             stop.set()
@@ -362,7 +353,7 @@ def fetch(dataset, names):
 
 def download(url, path, stop):
     """
-    Fetch one parquet file; an interrupted download goes on where it stopped. The name appears only when it is complete.
+    Fetch one parquet file; an interrupted download resumes. The name appears only when it is complete.
 
     Raises SystemExit, naming the file and the reason, when DOWNLOAD_ATTEMPTS in a row have failed.
     """
@@ -395,7 +386,7 @@ def download(url, path, stop):
                 break
             retry_after = error.response.headers.get("Retry-After", "")
             stop.wait(min(60, int(retry_after)) if retry_after.isdecimal() else 0)
-        except requests.RequestException as error:  # also of fewer bytes than announced
+        except requests.RequestException as error:  # truncated bodies included
             reason = first_line(error)
         except SystemExit as error:
             if stop.is_set():
@@ -583,7 +574,9 @@ def write_rows(path, rows, row_length):
 def build(dataset, settings, groups, num_shards):
     """Write a benchmark's files into the folder .building under HOME. Returns it, and what was counted."""
     folder = HOME / ".building"
-    shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed; the lock says that nobody is at it
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # left by a build that was killed: we hold the lock, so nobody is using it
     folder.mkdir()
     row_length, split = settings["max_seq_len"] + 1, settings["long_documents"] == "split"
     wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"]}
@@ -595,7 +588,7 @@ def build(dataset, settings, groups, num_shards):
         files = fetch(dataset, shards if dataset == "climbmix" else [TINYSTORIES_FILE])
         read = lambda: itertools.chain.from_iterable(map(parquet_batches, files))  # noqa: E731
     shard = sum(1 for _ in parquet_batches(files[0])) if dataset == "climbmix" else 0  # batches
-    characters = 5 * sum(wanted.values()) * row_length  # a guess, until it was enough
+    characters = 5 * sum(wanted.values()) * row_length  # a first guess, doubled until it is enough
     while True:  # what is scored comes first: a shard, or the front of the text
         reserved = shard or count_batches(read(), characters)
         tokenizer = Tokenizer.train(itertools.islice(read(), reserved, None), settings["vocab_size"])
@@ -706,7 +699,7 @@ class TrainingClock:
     The clock of one run. Between start() and stop() every second counts, whatever it is used for.
 
     Takes the lock of the device at once and holds it until the run is scored or the process ends: a second training
-    there would halve both. Raises SystemExit, naming the other process, if the device is taken.
+    there would halve the speed of both. Raises SystemExit, naming the other process, if the device is taken.
     """
 
     def __init__(self, benchmark, device):
@@ -736,7 +729,7 @@ class TrainingClock:
         self.rows = self.benchmark.rows_served["train"] - self.rows_before
 
     def tick(self):
-        """A step is over. Of no consequence but for `slow_steps_percent`, which the journal keeps."""
+        """Mark the end of a step; used only for `slow_steps_percent`, which the journal keeps."""
         self.ticks.append(self.elapsed)
 
     @property
@@ -803,7 +796,10 @@ def synchronize(device):
 
 def git(*words):
     """What a git command prints in the folder of this file, or None."""
-    result = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # not installed
+        return None
     return result.stdout.strip() if result.returncode == 0 else None
 
 
@@ -864,7 +860,7 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         clock.check()
         scoring_started = time.monotonic()
         if not open_benchmark(benchmark.path) == benchmark == clock.benchmark:
-            raise RuntimeError("not scored: another benchmark than the one on disk; take it from load_benchmark()")
+            raise RuntimeError("not scored: the benchmark differs from the one on disk; use load_benchmark()")
         device, served = clock.device, Counter(benchmark.rows_served)
         val_rows, holdout_rows = (open_rows(benchmark.path, split) for split in ("val", "holdout"))
         token_bytes, batch_size = benchmark.token_bytes(), scoring_rows(benchmark, batch_size)
@@ -917,7 +913,7 @@ def bits_of_rows(model, rows, token_bytes, batch_size, device):
         nats[start : start + batch_size] = losses.where(has_bytes[targets], 0).sum(dim=1)[: len(rows) - start]
         del logits, losses  # not beside those of the next step
     if not finite:
-        raise ValueError("not scored: invalid logits, some are not finite")
+        raise ValueError("not scored: invalid logits: some are not finite")
     return nats.cpu().double().numpy() / math.log(2)
 
 
@@ -939,10 +935,11 @@ def check_causality(model, rows, batch_size, vocab_size, device):
     """
     The probe: a logit may depend on its own token and on earlier ones of its row, and on nothing else.
 
-    Each row gets another future after a cut of its own, many times; logits before the cut must stay. Rounding may move
-    them (in a mixture of experts, say, other tokens change the order of sums): by how much is seen when nothing changes
-    and when only other rows do. A suspect is tried again, with the same future and other rows around it, against
-    controls: a leak moves it every time, chance does not. Raises RuntimeError naming the first position.
+    Many times, the tokens of each row after a cut of its own are replaced; logits before the cut must not move.
+    Rounding may move them (in a mixture of experts, say, other tokens change the order of sums): by how much is seen
+    when nothing changes and when only other rows do. A suspect is tried again, with the same future and other rows
+    around it, against controls: a leak moves it every time, chance does not. Raises RuntimeError naming the first
+    position.
     """
     generator = torch.Generator()  # of its own: train.py seeds torch's
     generator.seed()
@@ -951,7 +948,7 @@ def check_causality(model, rows, batch_size, vocab_size, device):
         return torch.randint(low, high, shape, generator=generator)
 
     def predict_below_largest(ids):
-        """Relative to the largest logit and not below -50: what masks tokens with -1e9 would hide all else."""
+        """Relative to the largest logit and not below -50, or logits masked with -1e9 would dominate the deviation."""
         logits = predict(model, ids.to(device), vocab_size)
         return ((row - row.amax(dim=-1, keepdim=True)).clamp(min=-50) for row in logits)  # row by row, for the memory
 
@@ -965,14 +962,14 @@ def check_causality(model, rows, batch_size, vocab_size, device):
         return torch.where(kept, ids, (ids + draw(1, vocab_size, B, T)) % vocab_size)
 
     def choose(candidates):
-        """A mask [B, 1] of some of the candidates, a mask [B]: of at most half of the rows, or one."""
+        """Some of the candidate rows, a mask [B]: at most half of all rows, or one. A mask [B, 1]."""
         ranks = torch.rand(B, generator=generator) * candidates
         return ((ranks >= ranks.sort().values[-max(1, B // 2)]) & candidates)[:, None]
 
     def control(chosen, others):
         """How far do the chosen rows move when only the others change?"""
         nonlocal noise
-        noise = torch.maximum(noise, movement(torch.where(chosen, ids, others)) * chosen)
+        noise = torch.maximum(noise, movement(torch.where(chosen, ids, others)).where(chosen, 0))
         moved = (noise > MOVED_SHARE).nonzero()
         if len(moved) > MOVED_POSITIONS * noise.numel():
             raise RuntimeError(
@@ -998,10 +995,10 @@ def check_causality(model, rows, batch_size, vocab_size, device):
     share = (torch.arange(math.prod(shape)) + torch.rand(math.prod(shape), generator=generator)) / math.prod(shape)
     cuts = 1 + ((T - 1) * share).long().view(shape)
     kinds = (torch.randperm(math.prod(shape), generator=generator) % 8).view(shape)
-    chunks = 2 ** draw(5, 9, *shape)  # 32 to 256 tokens, which may end one too late
+    chunks = 2 ** draw(5, 9, *shape)  # 32 to 256 tokens, whose border may be off by one
     borders = chunks * (1 + draw(0, 2**30, *shape) % (T // chunks).clamp(min=1)) + draw(-1, 2, *shape)
     cuts = torch.where(kinds < 2, borders, cuts)
-    rarest = ids.where(ids < bos, 0).argmax(dim=1)  # the latest merge: its own logits, and those that predict it
+    rarest = ids.where(ids < bos, 0).argmax(dim=1)  # the highest id: cut just before it and just after
     cuts = torch.where(kinds == 2, rarest + draw(0, 2, *shape), cuts)
     cuts = torch.where(kinds == 3, starts + draw(0, 2, *shape), cuts)
     cuts[0, 0] = T - 1  # the last token alone
@@ -1014,9 +1011,10 @@ def check_causality(model, rows, batch_size, vocab_size, device):
                 break
             suspects, others = choose(leaks.any(dim=1)), altered(nothing)
             control(suspects, others)
+            changed = altered(kept) if B == 1 else changed  # without other rows another future is all that can differ
             moved = movement(torch.where(suspects, changed, others))
             leaks &= suspects & (moved > PROBE_NOISE + PROBE_MARGIN * noise)
-        else:
+        if leaks.any():
             raise RuntimeError(
                 f"the model sees the future: logits at position {int(leaks.nonzero()[0, 1])} changed when only later "
                 "tokens changed"
@@ -1055,7 +1053,7 @@ def record_run(model, clock, benchmark, **scores):
     }
     path, best_path = benchmark.path / "journal.jsonl", benchmark.path / "best.pt"
     try:
-        with FileLock(path.with_suffix(".lock")):  # other devices may be done at the same moment
+        with FileLock(path.with_suffix(".lock")):  # runs on other devices may finish at the same moment
             best = min((r["val_bpb"] for r in read_journal(benchmark.path) if r["same_prepare"]), default=math.inf)
             torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a full disk
             with open(path, "a") as journal:
@@ -1076,7 +1074,7 @@ def save_best(path, model, origin):
     try:
         torch.save({**origin, "model": weights}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
-    except (OSError, RuntimeError) as error:  # torch has its own for a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         path.with_suffix(".tmp").unlink(missing_ok=True)
         print(f"best.pt was not saved: {first_line(error)}")
 
@@ -1174,6 +1172,7 @@ def worth(commit, scores):
 def verdict(commit, best, scores):
     """What the runs of a commit say about it, against those of the last keep: keep, discard or repeat."""
     gain, floor = worth(best, scores) - worth(commit, scores), noise_floor(scores)
+    floor = 0.0 if math.isnan(floor) else floor
     if len(scores[commit]) == 1:
         return "repeat" if gain > PROMISING * floor else "discard"
     return "keep" if gain > KEEP * floor else "discard"
@@ -1197,7 +1196,7 @@ def match_runs(ledger, journal, since=""):
 
 
 def flags(run):
-    """What about a run of the journal asks for a look: a list of sentences. (Older runs have fewer keys.)"""
+    """Reasons to look at a run of the journal more closely: a list of sentences. (Older runs have fewer keys.)"""
     run = defaultdict(int, time_budget=math.inf) | run
     files = ", ".join(os.path.basename(file) for file in run["files_read"] or ())
     raised = {
@@ -1206,8 +1205,8 @@ def flags(run):
         f"seed {run['seed']}, which program.md does not name": run["seed"] not in (SEED, *SEEDS),
         f"read scored rows (validation or holdout): {run['scored_rows_read']}": run["scored_rows_read"],
         f"read {run['untimed_rows']} training rows outside of the timed part": run["untimed_rows"] > 0,
-        f"read files, of an earlier run perhaps: {files}": files,
-        f"trained {run['training_seconds']:.1f} s of a budget of {run['time_budget']:g} s": run["training_seconds"]
+        f"read files, perhaps from an earlier run: {files}": files,
+        f"trained for {run['training_seconds']:.1f} s, budget {run['time_budget']:g} s": run["training_seconds"]
         > LATE_FLAG * run["time_budget"],
         f"scored for {run['scoring_seconds']:.0f} s": run["scoring_seconds"] > max(60, run["time_budget"]),
         f"{run['slow_steps_percent']:.0f}% of the time in slow steps": run["slow_steps_percent"] > SLOW_FLAG,
@@ -1230,10 +1229,10 @@ def print_status():
     created = datetime.fromtimestamp(path.stat().st_mtime if path.exists() else time.time(), timezone.utc)
     journal = read_journal(benchmark.path)
     matched, unlisted = match_runs(ledger, journal, created.isoformat(timespec="seconds"))
-    head = (git("rev-parse", "HEAD") or "no commit")[:7]
+    head = (git("rev-parse", "HEAD") or "no git")[:7]
     rows = [row for row in ledger if row["commit"] == head]
-    new = [run for run in unlisted if str(run["commit"]).startswith(head)]
-    slow = [run for run in new if run.get("slow_steps_percent", 0) > SLOW_FLAG][:2]  # the third counts
+    new = [run for run in unlisted if str(run["commit"]).startswith(head) and not run.get("dirty")]
+    slow = [run for run in new if run.get("slow_steps_percent", 0) > SLOW_FLAG][:2]  # at most two are excused
     counted = [run for run in new if run not in slow]
     listed = [id(run) for number, run in matched.items() if ledger[number]["commit"] == head]
     runs = [run for run in journal if run in new or id(run) in listed]
@@ -1265,7 +1264,7 @@ def print_status():
 
     what = "keep" if head in (best, *kept) else verdict(head, best, scores) if head in scores else "crash"
     seeds = [run["seed"] for run in runs if run not in slow]
-    seed = next((seed for seed in SEEDS[:3] if seed not in seeds), None)
+    seed = next((seed for seed in SEEDS[:3] if seed not in seeds and len(scores.get(head, [])) < 3), None)
     if counted:
         memory, status = counted[0]["peak_memory_mb"] / 1024, "discard" if what == "repeat" else what
         print(f"next: write the row: {head} {counted[0]['val_bpb']:.6f} {memory:.1f} {status}")
@@ -1275,8 +1274,10 @@ def print_status():
         print(f"next: run the baseline with seed {seed}")
     elif not rows and head != best:
         print(f"next: run it with seed {seed}; if it has crashed write the row: {head} 0.000000 0.0 crash")
-    elif what == "repeat" and seed:
+    elif what == "repeat" and seed and rows[-1]["status"] != "crash":
         print(f"next: promising, run it with seed {seed}")
+    elif head in kept and head != best:
+        print(f"next: go back to {best}, the branch")
     else:
         print("next: " + ("a new idea" if what == "keep" else f"store it as refs/tries/{head}, reset to {best}"))
 
@@ -1290,45 +1291,31 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def number(kind, least, most):
-    """An argument type: a number between two bounds."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must be a number between {least} and {most}")
-        return value
-
-    return parse
+# option: the constant that it sets, its type, least and most, what it is
+NUMBERS = {
+    "--num-shards": ("num_shards", int, 1, VALIDATION_SHARD, "climbmix: training shards, 10 by default"),
+    "--seq-len": ("max_seq_len", int, 2, 2**20, "tokens in a row"),
+    "--vocab-size": ("vocab_size", int, 260, 2**16, "4 special tokens included"),
+    "--time-budget": ("time_budget", float, 0.1, 10**6, "seconds of training"),
+    "--val-rows": ("val_rows", int, 1, 10**9, "rows that are scored"),
+    "--holdout-rows": ("holdout_rows", int, 1, 10**9, "rows that are scored, but not shown"),
+}
 
 
 def parse_arguments(arguments=None):
-    parser = OneLineParser(
-        description="Build the benchmark that train.py is scored on, or show where the night stands."
-    )
+    parser = OneLineParser(description="Build the benchmark that train.py is scored on, or show where a night stands.")
     add = parser.add_argument
     add("--status", action="store_true", help="what was tried, what it was worth, what comes next; builds nothing")
     add("--dataset", choices=PRESETS, help="default: climbmix where CUDA is available, local elsewhere")
-    add(
-        "--text",
-        nargs="+",
-        metavar="PATH",
-        default=[],
-        help="local: files or folders; default: installed Python source",
-    )
-    add("--num-shards", type=number(int, 1, VALIDATION_SHARD), metavar="N", help="climbmix: training shards (10)")
-    add("--seq-len", dest="max_seq_len", type=number(int, 2, 2**20), metavar="T", help="tokens in a row")
-    add("--vocab-size", type=number(int, 260, 2**16), metavar="V", help="4 special tokens included")
-    add("--time-budget", type=number(float, 0.1, 1e6), metavar="S", help="seconds of training")
-    add("--val-rows", type=number(int, 1, 1e9), metavar="N", help="rows that are scored")
-    add("--holdout-rows", type=number(int, 1, 1e9), metavar="N", help="rows that are scored in secret")
+    add("--text", nargs="+", metavar="PATH", default=[], help="local: files or folders; default: installed Python")
     add("--long-documents", choices=("crop", "split"), help="what becomes of documents longer than a row")
+    for option, (name, kind, *_, words) in NUMBERS.items():
+        add(option, dest=name, type=kind, metavar="N", help=words)
     options = parser.parse_args(arguments)
-    implied = "local" if options.text else "climbmix" if options.num_shards else None
-    options.dataset = options.dataset or implied
+    for option, (name, _, least, most, _) in NUMBERS.items():
+        if getattr(options, name) is not None and not least <= getattr(options, name) <= most:
+            parser.error(f"{option} {getattr(options, name)}: must be between {least:,} and {most:,}")
+    options.dataset = options.dataset or ("local" if options.text else "climbmix" if options.num_shards else None)
     if options.text and options.dataset != "local" or options.num_shards and options.dataset != "climbmix":
         parser.error(f"--dataset {options.dataset}: --text goes with local and --num-shards with climbmix")
     return options
@@ -1340,7 +1327,9 @@ def main(arguments=None):
         return print_status()
     branch = git("branch", "--show-current") or ""
     if branch.startswith("autoresearch/"):
-        raise SystemExit(f"a night works on branch {branch}, with its own benchmark: leave the branch first")
+        raise SystemExit(
+            f"branch {branch} is in the middle of a night, whose benchmark is fixed: leave the branch first"
+        )
     if not options.dataset:
         options.dataset = "climbmix" if torch.cuda.is_available() else "local"
         why = "this machine has CUDA" if torch.cuda.is_available() else "no CUDA here"
@@ -1350,9 +1339,7 @@ def main(arguments=None):
     groups = find_text(options.text) if options.dataset == "local" else {}
     files = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in sum(groups.values(), [])]
     num_shards = options.num_shards or DEFAULT_SHARDS
-    request = repr(
-        (options.dataset, settings, num_shards, files, sha256(__file__))
-    )  # a file that was touched is another
+    request = repr((options.dataset, settings, num_shards, files, sha256(__file__)))  # times of change included
     request = HOME / "requests" / hashlib.sha256(request.encode()).hexdigest()
     arguments = shlex.join(sys.argv[1:] if arguments is None else arguments)
 
@@ -1373,9 +1360,9 @@ def main(arguments=None):
     fetch_flash3()
     counts, T = record["counts"], settings["max_seq_len"]
     kinds = [name for name in ("documents", "duplicates", "skipped files") if counts.get(name)]
-    seen = ", ".join(f"{counts[name]:,} {name}" for name in kinds)
+    seen = " of " * bool(kinds) + ", ".join(f"{counts[name]:,} {name}" for name in kinds)
     print(f"\nbenchmark: {record['id']}, in {HOME}")
-    print(f"training:  {settings['time_budget']:g} s on {counts['train_rows'] * T:,} tokens of {seen}")
+    print(f"training:  {settings['time_budget']:g} s on {counts['train_rows'] * T:,} tokens{seen}")
     print(f"scored:    {settings['val_rows'] * T:,} tokens of {counts['bytes_per_token']:.2f} bytes")
     print(f"holdout:   {settings['holdout_rows'] * T:,} tokens\n\nnext: uv run train.py")
 

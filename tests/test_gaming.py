@@ -374,7 +374,7 @@ def test_a_second_score_of_the_same_run(benchmark):
 
 def test_another_budget_in_memory(benchmark):
     generous = prepare.Benchmark(**{**benchmark.__dict__, "time_budget": 300.0})
-    with pytest.raises(RuntimeError, match="another benchmark than the one on disk"):
+    with pytest.raises(RuntimeError, match="differs from the one on disk"):
         score(generous, uniform())
 
 
@@ -529,7 +529,7 @@ def test_what_an_earlier_run_has_learned(attempt, file):
     assert result.returncode == 0, result.stderr
     result, findings = attempt(("train.py", "import gc\n", "import gc\n\n"))
     assert result.returncode == 0, result.stderr
-    assert [f for f in findings if f.startswith("read files")] == [f"read files, of an earlier run perhaps: {file}"]
+    assert [f for f in findings if f.startswith("read files")] == [f"read files, perhaps from an earlier run: {file}"]
 
 
 def test_a_checkpoint_of_its_own_is_no_earlier_run(attempt):
@@ -544,7 +544,7 @@ def test_a_checkpoint_of_its_own_is_no_earlier_run(attempt):
 def test_a_run_that_is_a_little_late(attempt):
     until = "    while clock.elapsed < 1.05: pass\n    clock.stop()\n"
     result, findings = attempt(("train.py", "    clock.stop()\n", until))
-    assert result.returncode == 0 and findings == ["trained 1.1 s of a budget of 1 s"]
+    assert result.returncode == 0 and findings == ["trained for 1.1 s, budget 1 s"]
 
 
 def test_a_patched_time(attempt):

@@ -206,6 +206,6 @@ def test_warnings(night):
         "COMPILE: torch.compile does not work here\nattention: varlen not used (x)\n---\n"
     )
     text = night.status()
-    for words in ("40% of the time in slow steps", "trained 3.2 s of a budget of 3 s", "best.pt", "used 2 GPUs"):
+    for words in ("40% of the time in slow steps", "trained for 3.2 s, budget 3 s", "best.pt", "used 2 GPUs"):
         assert f"  warning: {words}" in text or words in text
     assert "  warning: run.log: COMPILE: torch" in text and "  warning: run.log: attention: varlen not used" in text

@@ -218,7 +218,7 @@ class Scripted(Agent):
 
     def __init__(self, name, folder, environment, device="cpu x86_64 x2"):
         super().__init__(folder, environment, LINES)
-        self.name, self.device = name, device
+        self.name, self.device, self.kept = name, device, self.head()
         self.me = {"tag": "test", "agent": name}
 
     def experiment(self, idea, score, status, repeat=False):
@@ -226,12 +226,13 @@ class Scripted(Agent):
         if not repeat:
             self.edit((r"\Z", f"# {idea}\n"))
             self.sh("commit", idea=idea, prediction="0")
-        log = f"val_bpb:          {score:.6f}\npeak_vram_mb:     1024.0\n" if score else "Traceback\n"
-        (self.folder / "run.log").write_text(log)
-        commit = self.head()
-        self.sh("row", status=status, description=idea)
-        if status != "keep":
-            self.sh("reset")
+        commit, memory = self.head(), "1.0" if score else "0.0"
+        row = {"commit": commit, "val_bpb": f"{score:.6f}", "memory_gb": memory, "status": status, "description": idea}
+        self.sh("row", **row)
+        if status == "keep":
+            self.kept = commit
+        else:
+            self.sh("reset", commit=commit, kept=self.kept)
         self.exchange()
         return commit
 
