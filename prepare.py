@@ -1122,6 +1122,7 @@ KEEP = 1 / 2  # ... and what the runs after it must gain
 SEEDS = (1, 2, 3, 4, 5)  # that program.md names, three for the baseline
 LATE_FLAG = 1.02  # budgets of training
 SLOW_FLAG = 10  # percent of the time in slow steps
+SLOW_RUN = 0.8  # of the most tokens that a run of the same commit has seen
 
 
 def read_ledger(path="results.tsv"):
@@ -1208,7 +1209,8 @@ def flags(run):
         f"read files, perhaps from an earlier run: {files}": files,
         f"trained for {run['training_seconds']:.1f} s, budget {run['time_budget']:g} s": run["training_seconds"]
         > LATE_FLAG * run["time_budget"],
-        f"scored for {run['scoring_seconds']:.0f} s": run["scoring_seconds"] > max(60, run["time_budget"]),
+        f"scored for {run['scoring_seconds']:.0f} s, was the machine busy?": run["scoring_seconds"]
+        > max(60, run["time_budget"]),
         f"{run['slow_steps_percent']:.0f}% of the time in slow steps": run["slow_steps_percent"] > SLOW_FLAG,
         f"used {run['gpus']} GPUs": run["gpus"] > 1,
     }
@@ -1232,10 +1234,13 @@ def print_status():
     head = (git("rev-parse", "HEAD") or "no git")[:7]
     rows = [row for row in ledger if row["commit"] == head]
     new = [run for run in unlisted if str(run["commit"]).startswith(head) and not run.get("dirty")]
-    slow = [run for run in new if run.get("slow_steps_percent", 0) > SLOW_FLAG][:2]  # at most two are excused
-    counted = [run for run in new if run not in slow]
     listed = [id(run) for number, run in matched.items() if ledger[number]["commit"] == head]
     runs = [run for run in journal if run in new or id(run) in listed]
+    most = max((run.get("tokens", 0) for run in runs), default=0)
+    slow = [
+        run for run in new if run.get("slow_steps_percent", 0) > SLOW_FLAG or run.get("tokens", 0) < SLOW_RUN * most
+    ]
+    counted = [run for run in new if run not in slow]
     scores = scores_of([*ledger, *({"commit": head, "val_bpb": run["val_bpb"]} for run in counted)])
     keeps = [row["commit"] if row["status"] == "keep" and row["commit"] in scores else None for row in ledger]
     kept = list(dict.fromkeys(filter(None, keeps)))
@@ -1264,17 +1269,21 @@ def print_status():
 
     what = "keep" if head in (best, *kept) else verdict(head, best, scores) if head in scores else "crash"
     seeds = [run["seed"] for run in runs if run not in slow]
-    seed = next((seed for seed in SEEDS[:3] if seed not in seeds and len(scores.get(head, [])) < 3), None)
+    crashed = any(row["status"] == "crash" for row in rows)
+    enough = crashed or len(scores.get(head, [])) > 2
+    seed = next((seed for seed in SEEDS[:3] if seed not in seeds and not enough), None)
     if counted:
         memory, status = counted[0]["peak_memory_mb"] / 1024, "discard" if what == "repeat" else what
         print(f"next: write the row: {head} {counted[0]['val_bpb']:.6f} {memory:.1f} {status}")
-    elif slow and runs[-1] is slow[-1]:
+    elif len(slow) > 2 and not crashed:
+        print(f"next: disturbed three times, give it up: write the row: {head} 0.000000 0.0 crash")
+    elif slow and runs[-1] is slow[-1] and not crashed:
         print(f"next: disturbed, is the machine idle? Run it again with seed {slow[-1]['seed']}")
     elif len(scores) < 2 and head == best and seed:
         print(f"next: run the baseline with seed {seed}")
     elif not rows and head != best:
         print(f"next: run it with seed {seed}; if it has crashed write the row: {head} 0.000000 0.0 crash")
-    elif what == "repeat" and seed and rows[-1]["status"] != "crash":
+    elif what == "repeat" and seed:
         print(f"next: promising, run it with seed {seed}")
     elif head in kept and head != best:
         print(f"next: go back to {best}, the branch")

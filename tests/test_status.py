@@ -162,20 +162,21 @@ def test_a_night(night):
         assert f"{idea}\n" in re.search("to beat: .*\n", night.status())[0]
 
 
-def test_disturbed_runs_do_not_count_but_the_third_does(night):
-    for seed, score in ((1, 0.995), (2, 1.0), (3, 1.005)):
-        night.run(score, seed)
+def test_disturbed_runs_do_not_count_and_end(night):
+    start = night.git("rev-parse", "--short=7", "HEAD")
+    for seed, score in ((1, 0.995), (2, 1.005)):
+        night.run(score, seed, tokens=1000)
         night.row(score, "keep")
-    commit = night.commit()
-    for number in (1, 2, 3):
-        night.run(1.1 + number, 1, slow_steps_percent=30.0)
+    for number, signs in enumerate(({"slow_steps_percent": 30.0}, {"tokens": 100}, {"tokens": 790}), 1):
+        night.run(1.1 + number, 3, **{"tokens": 1000, **signs})  # the load was steady: no step was slower than others
         text = night.status()
+        assert f"  {1.1 + number:.6f} seed 3, does not count\n" in text
         if number < 3:
-            assert next_of(text) == "disturbed, is the machine idle? Run it again with seed 1"
-            assert f"  {1.1 + number:.6f} seed 1, gain {-0.1 - number:.6f}, does not count\n" in text
-    assert next_of(text) == f"write the row: {commit} 4.100000 2.0 discard"
-    night.row(4.1, "discard")
-    assert next_of(night.status()).startswith("store it")
+            assert next_of(text) == "disturbed, is the machine idle? Run it again with seed 3"
+    assert next_of(text) == f"disturbed three times, give it up: write the row: {start} 0.000000 0.0 crash"
+    night.row(0, "crash")
+    text = night.status()
+    assert next_of(text) == "a new idea" and "to beat:     1.000000" in text
 
 
 def test_a_disturbed_run_and_then_a_good_one(night):
