@@ -173,6 +173,7 @@ def reset(name):
 def test_a_night(client):
     source = (ROOT / "train.py").read_text()
     rates = {name: re.search(rf"^{name} = (\S+)", source, re.M)[1] for name in WEAK}
+    worse = [[f"{name} = {rate}", f"{name} = 0.0"] for name, rate in rates.items()]  # beyond all doubt
     read = {"name": "read", "read": str(client.folder / "train.py")}
     steps = [
         bash("look", LINES["look"]),
@@ -186,7 +187,7 @@ def test_a_night(client):
         *idea("rates up", *([f"{name} = 1e-6 * {rate}", f"{name} = {rate}"] for name, rate in rates.items())),
         *run("up 1", 1, "rates up, promising"),
         *run("up 2", 2, "rates up, seed 2"),
-        *idea("no rate", [f"MATRIX_LR = {rates['MATRIX_LR']}", "MATRIX_LR = 0.0"]),
+        *idea("no rate", *worse),
         *run("none", 1, "no rate"),
         *reset("none"),
         read | {"name": "read again"},
@@ -202,7 +203,7 @@ def test_a_night(client):
     client.play_well(steps)
 
     # the client dies in mid-run; another session goes on from what the status says
-    steps = [read, *idea("again", ["ROPE_BASE = 200_000", "ROPE_BASE = 2"]), *run("again", 1, "again")]
+    steps = [read, *idea("again", *worse), *run("again", 1, "again")]
     (client.folder / "run.log").unlink()
     process, _ = client.start(steps)
     for _ in range(600):
