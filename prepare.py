@@ -587,17 +587,24 @@ def build(dataset, settings, groups, num_shards):
         shards = [f"shard_{i:05}.parquet" for i in (VALIDATION_SHARD, *range(num_shards))]
         files = fetch(dataset, shards if dataset == "climbmix" else [TINYSTORIES_FILE])
         read = lambda: itertools.chain.from_iterable(map(parquet_batches, files))  # noqa: E731
-    shard = sum(1 for _ in parquet_batches(files[0])) if dataset == "climbmix" else 0  # batches
-    characters = 5 * sum(wanted.values()) * row_length  # a first guess, doubled until it is enough
-    while True:  # what is scored comes first: a shard, or the front of the text
-        reserved = shard or count_batches(read(), characters)
+    first = sum(1 for _ in parquet_batches(files[0])) if dataset == "climbmix" else 0  # batches of the validation shard
+    characters_per_token = 5  # a first guess, doubled until it is enough
+    while (
+        True
+    ):  # what is scored comes first: that shard, or groups of their own for validation and then for the holdout
+        reserved, parts = first, []
+        for count in () if first else wanted.values():
+            needed = count * row_length * characters_per_token
+            parts.append((reserved, reserved + count_batches(itertools.islice(read(), reserved, None), needed)))
+            reserved = parts[-1][1]
         tokenizer = Tokenizer.train(itertools.islice(read(), reserved, None), settings["vocab_size"])
-        scored = encode_batches(tokenizer, itertools.islice(read(), reserved))
-        scored = pack(scored, row_length, tokenizer.bos_id, split)
-        rows = {name: list(itertools.islice(scored, count)) for name, count in wanted.items()}
-        if shard or len(rows["holdout"]) == wanted["holdout"]:
+        texts = (encode_batches(tokenizer, itertools.islice(read(), *part)) for part in parts or [(0, first)])
+        streams = [pack(text, row_length, tokenizer.bos_id, split) for text in texts]
+        streams = streams if parts else 2 * streams  # on climbmix the holdout goes on where validation ends
+        rows = {name: list(itertools.islice(rest, wanted[name])) for name, rest in zip(wanted, streams)}
+        if first or all(len(rows[name]) == count for name, count in wanted.items()):
             break
-        characters *= 2
+        characters_per_token *= 2
     training = encode_batches(tokenizer, itertools.islice(read(), reserved, None))
     rows["train"] = pack(training, row_length, tokenizer.bos_id, split)
     tokenizer.save(folder)

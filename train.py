@@ -579,6 +579,15 @@ def find_batch(benchmark, device, *setup):
         rows //= 2
 
 
+def check_loss(loss, step):
+    """Its number. NaN, infinity or more than 100 end the run."""
+    if not loss.item() <= 100:
+        raise SystemExit(
+            f"stopped at step {step}: loss {loss.item()} at MATRIX_LR {MATRIX_LR}; lower the learning rates"
+        )
+    return loss.item()
+
+
 def main():
     sys.stdout.reconfigure(line_buffering=True)
     device = choose_device()
@@ -603,19 +612,14 @@ def main():
         loss = train_step(model, optimizers, batches, progress)
         step += 1
         if previous is not None:  # the loss of the step before: the device is busy with this one
-            value, factor = previous.item(), lr_factor(progress)
-            if not value <= 100:  # also true of NaN
-                at = f"step {step - 1}: loss {value} at MATRIX_LR {MATRIX_LR * factor:.4g}"
-                raise SystemExit(f"stopped at {at}; lower the learning rates")
             status(
-                f"step {step:05d} | {progress:.1%} | loss {value:.4f} | lr x{factor:.2f} | epoch {batches[-1][2]} | "
-                f"{step * batch_tokens / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
+                f"step {step:05d} | {progress:.1%} | loss {check_loss(previous, step - 1):.4f} | "
+                f"epoch {batches[-1][2]} | {step * batch_tokens / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
             )
         clock.tick()
         previous = loss
     clock.stop()
-    loader.close()
-    status(f"step {step:05d} | 100% | loss {previous.item():.4f} | done", last=True)
+    status(f"step {step:05d} | 100% | loss {check_loss(previous, step):.4f} | done", last=True)
     flops = model.flops_per_token() * step * batch_tokens / clock.elapsed
     val_bpb = evaluate_bpb(model, benchmark, rows, clock)
     summary = {
