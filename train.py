@@ -579,7 +579,7 @@ def find_batch(benchmark, device, *setup):
         rows //= 2
 
 
-def check_loss(loss, step):
+def checked(loss, step):
     """Its number. NaN, infinity or more than 100 end the run."""
     if not loss.item() <= 100:
         raise SystemExit(
@@ -613,13 +613,13 @@ def main():
         step += 1
         if previous is not None:  # the loss of the step before: the device is busy with this one
             status(
-                f"step {step:05d} | {progress:.1%} | loss {check_loss(previous, step - 1):.4f} | "
-                f"epoch {batches[-1][2]} | {step * batch_tokens / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
+                f"step {step:05d} | {progress:.1%} | loss {checked(previous, step - 1):.4f} | epoch {batches[0][2]} | "
+                f"{step * batch_tokens / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
             )
         clock.tick()
         previous = loss
     clock.stop()
-    status(f"step {step:05d} | 100% | loss {check_loss(previous, step):.4f} | done", last=True)
+    status(f"step {step:05d} | 100% | loss {checked(previous, step):.4f} | done", last=True)
     flops = model.flops_per_token() * step * batch_tokens / clock.elapsed
     val_bpb = evaluate_bpb(model, benchmark, rows, clock)
     summary = {
