@@ -21,7 +21,8 @@ from conftest import ROOT, new_repository, shell_blocks
 import prepare
 
 BIN = ROOT / ".clients" / "node_modules" / ".bin"
-LINES = shell_blocks("program.md", ["look", "branch", "status", "commit", "run", "row", "reset", "where"])
+LINES = shell_blocks("program.md", ["look", "branch", "commit", "run", "row", "reset", "where"])
+STATUS = "uv run prepare.py --status"
 ROW = "<commit> <val_bpb> <memory_gb> <status>"
 WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of this night has too low
 JUDGES = ("prepare.py", "program.md", "README.md", "pyproject.toml", ".claude/settings.json", ".codex/config.toml")
@@ -151,7 +152,7 @@ def run(name, seed, description):
     row = LINES["row"].replace(ROW, f"{{{{{name} status:write the row: (.*)}}}}")
     return [
         bash(f"{name} run", LINES["run"], seed=seed, limit=60),
-        bash(f"{name} status", LINES["status"]),
+        bash(f"{name} status", STATUS),
         bash(f"{name} row", row, description=description),
     ]
 
@@ -165,7 +166,7 @@ def reset(name):
     before = f"{name} before reset"
     line = LINES["reset"].replace("<commit>", f"{{{{{before}:refs/tries/(\\w+)}}}}")
     return [
-        bash(before, LINES["status"]),
+        bash(before, STATUS),
         bash(f"{name} reset", line.replace("<kept>", f"{{{{{before}:reset to (\\w+)}}}}")),
     ]
 
@@ -220,13 +221,13 @@ def test_a_night(client):
     assert finished or "next: run it with seed 1" in came["where"]
     client.play_well(
         [
-            *([bash("status", LINES["status"]), row] if finished else run("again", 1, "again")),
+            *([bash("status", STATUS), row] if finished else run("again", 1, "again")),
             *reset("again"),
             bash("to base", f"git checkout -q --detach {client.rows()[1][0]}"),
             *run("base 4", 4, "baseline, seed 4"),
             bash("back", "git checkout -q autoresearch/test"),
             *run("up 4", 4, "rates up, seed 4"),
-            bash("end", LINES["status"]),
+            bash("end", STATUS),
         ]
     )
     rows = client.rows()[1:]
@@ -275,7 +276,7 @@ def test_forbidden_calls(client):
         client.git(*words)
     client.git("checkout", "-q", "-b", "autoresearch/test")
     before, current = client.git("rev-parse", "HEAD"), (prepare.HOME / "current").read_text()
-    steps = [bash("allowed", LINES["status"])]  # the tools are there
+    steps = [bash("allowed", STATUS)]  # the tools are there
     steps += [{"name": name, "bash": line, "timeout": 60_000} for name, line in FORBIDDEN.items()]
     steps.append({"name": "read", "read": str(client.folder / "prepare.py")})
     steps.append({"name": "tool", "edit": ["prepare.py", "SEED = 42", "SEED = 43"]})

@@ -14,7 +14,7 @@ from conftest import Agent, new_repository, shell_blocks
 
 import prepare
 
-LINES = shell_blocks("program.md", ["look", "branch", "status", "commit", "run", "row", "reset", "where"])
+LINES = shell_blocks("program.md", ["look", "branch", "commit", "run", "row", "reset", "where"])
 WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
 UNHURRIED = (r"^    while clock\.elapsed", "    while 2 * clock.elapsed")  # a busy machine is no failure
 
@@ -23,7 +23,7 @@ class Researcher(Agent):
     """Remembers nothing: all state is in git, results.tsv and the journal."""
 
     def next(self):
-        return re.search(r"^next: (.*)", self.sh("status"), re.M)[1]
+        return re.search(r"^next: (.*)", self.sh("where"), re.M)[1]
 
     def attempt(self, idea, *edits, limit=60):
         self.edit(*edits)
