@@ -19,6 +19,7 @@ import argparse
 import base64
 import csv
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -46,9 +47,20 @@ PROCESS_START = time.monotonic()  # before the imports that take seconds, so tha
 sys.dont_write_bytecode = False  # containers like to set it, and then torch takes 3 s longer to import in every run
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
+
+
+class Lazy:
+    """A module that is imported when it is first used: --status, beside a training, must not take 4 s for torch."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.name), attribute)
+
+
+torch, F = Lazy("torch"), Lazy("torch.nn.functional")
 
 # --------------------------------------
 # Constants
@@ -741,8 +753,11 @@ class TrainingClock:
 
     @property
     def slow_steps_percent(self):
-        """The share of the time that went into steps of over SLOW_STEP medians; 0 for fewer than two steps."""
-        steps = np.diff(self.ticks, prepend=0.0)
+        """
+        The share of the time in steps of over SLOW_STEP medians; 0 for fewer than three. The first does not count: it
+        may hold what a run prepares, such as tables.
+        """
+        steps = np.diff(self.ticks)
         return 100 * float(steps[steps > SLOW_STEP * np.median(steps)].sum() / steps.sum()) if len(steps) > 1 else 0.0
 
     @property
@@ -1124,6 +1139,7 @@ def peak_memory_mb(device):
 # Status: what results.tsv and the journal say. The rules are those of program.md, and analysis.ipynb uses them, too
 
 LEDGER = ("commit", "val_bpb", "memory_gb", "status", "description")
+CRASH = "0.000000\t0.0\tcrash"  # these columns of a run without a score
 PROMISING = 1 / 4  # of the noise floor: what a first run must gain to be repeated ...
 KEEP = 1 / 2  # ... and what the runs after it must gain
 SEEDS = (1, 2, 3, 4, 5)  # that program.md names, three for the baseline
@@ -1224,6 +1240,83 @@ def flags(run):
     return [sentence for sentence, flag in raised.items() if flag]
 
 
+def read_logs(benchmark):
+    """The runs of a wave, from its logs wave/<tag>-<commit>-<seed>.log; val_bpb is NaN where there is no score."""
+    runs = []
+    for path in sorted(Path("wave").glob("*-*-*.log")):
+        commit, seed = re.search(r"-(\w{7})-(\d+)(?:-\d+)?$", path.stem).groups()
+        summary = defaultdict(str, re.findall(r"^(\w+): +(.*)", path.read_text(errors="replace"), re.M))
+        score = float(summary["val_bpb"] or "nan") if summary["benchmark"] == benchmark.id else math.nan
+        run = {"id": path.stem, "commit": commit, "seed": int(seed), "val_bpb": score}
+        run |= {"device": summary["device"] or "unknown", "steps": summary["num_steps"] or "no"}
+        runs.append(run | {"memory": float(summary["peak_vram_mb"] or 0) / 1024})
+    return runs
+
+
+def print_wave(benchmark, ledger, head):
+    """What the logs of a wave are worth, and a line `row` for each that has none yet, as results.tsv takes it."""
+    kept = [row["commit"] for row in ledger if row["status"] == "keep"] or [head]
+    base, best, logs = kept[0], kept[-1], sorted(read_logs(benchmark), key=lambda run: run["seed"])
+    device = next((run["device"] for run in logs if run["commit"] == base and run["val_bpb"] > 0), None)
+    new = [run for run in logs if not any(f"[{run['id']} on " in row["description"] for row in ledger)]
+    if new and device is None:
+        return print(f"wave:        {base}, the baseline, has no score yet")
+    for run in [run for run in new if run["val_bpb"] > 0 and run["device"] != device]:
+        print(f"wave:        {run['id']} ran on {run['device']}, not on {device}: does not compare")
+        new.remove(run)
+    scores = scores_of([*ledger, *new])
+
+    def rank(commit):
+        return commit != base, worth(commit, scores) if commit in scores else math.inf
+
+    for commit in sorted({run["commit"] for run in new}, key=rank):
+        what = "keep" if commit in kept else verdict(commit, best, scores) if commit in scores else "crash"
+        if commit in scores:
+            gain, count = worth(best, scores) - worth(commit, scores), len(scores[commit])
+            advice = what.replace("repeat", "promising, submit seeds 2 and 3")
+            print(f"wave:        {commit} gains {gain:.6f} in {count} runs: {advice}")
+        for run in (run for run in new if run["commit"] == commit):
+            words = "baseline" if commit == base else git("log", "-1", "--format=%s", commit)
+            words = f"{words}, seed {run['seed']}, {run['steps']} steps [{run['id']} on {run['device']}]"
+            row = f"{run['val_bpb']:.6f}\t{run['memory']:.1f}\t{what.replace('repeat', 'discard')}"
+            print(f"row\t{commit}\t{row if run['val_bpb'] > 0 else CRASH}\t{words}")
+
+
+def read_notes():
+    """The results that agents share in git notes (program_swarm.md), oldest first; other lines are left out."""
+    lines = (git("grep", "-h", "^time=", "refs/notes/results") or "").splitlines()
+    results = []
+    for line in sorted(set(lines)):
+        keys, *row = line.split("\t", len(LEDGER))
+        result = dict(word.split("=", 1) for word in keys.split() if "=" in word) | dict(zip(LEDGER, row))
+        if {"agent", "benchmark", "device", *LEDGER} <= set(result) and re.fullmatch(r"\d+\.\d+", result["val_bpb"]):
+            results.append(result | {"val_bpb": float(result["val_bpb"]) or math.nan})
+    return results
+
+
+def print_hub(benchmark, ledger):
+    """The best commits that anybody kept on this benchmark and kind of device, and tries that nobody has a row of."""
+    device, notes = git("config", "autoresearch.device"), read_notes()
+    shared = [result for result in notes if (result["benchmark"], result["device"]) == (benchmark.id, device)]
+    scores, kept = scores_of(shared), {result["commit"]: result for result in shared if result["status"] == "keep"}
+    means = {commit: statistics.fmean(scores[commit]) for commit in kept if commit in scores}
+    for commit in sorted(means, key=means.get)[:5]:
+        words = f"{kept[commit]['agent']}: {kept[commit]['description']}"
+        print(f"hub:         {means[commit]:.6f} in {len(scores[commit])} runs, {commit}, {words}")
+    listed = {row["commit"] for row in (*ledger, *notes)}
+    for line in (git("for-each-ref", "--format=%(refname:lstrip=2) %(subject)", "refs/tries") or "").splitlines():
+        if line.split()[0] not in listed:
+            print(f"no row yet:  {line}")
+
+
+def fallbacks(path="run.log"):
+    """The lines of a log in which train.py says what did not work or does not train."""
+    log = Path(path).read_text(errors="replace") if Path(path).exists() else ""
+    return re.findall(
+        r"^(?:CPU|COMPILE|DEVICE_BATCH_SIZE): .*|^attention: \w+ not used.*|^\S+ has no gradient.*", log, re.M
+    )
+
+
 def sparkline(values, width=60):
     """Values as one line of block characters, at most `width` of them."""
     width = min(width, len(values))
@@ -1255,24 +1348,25 @@ def print_status():
 
     print(f"benchmark:   {benchmark.id}, {benchmark.time_budget:g} s a run, {len(ledger)} rows")
     print(f"noise floor: {floor:.6f}" if floor > 0 else "noise floor: unknown, no commit ran twice")
-    if kept:
+    if len(kept) > 1:
         low = itertools.accumulate((worth(commit, scores) if commit else math.inf for commit in keeps), min)
         low = [score for score in low if score < math.inf]
         print(f"best so far: {sparkline(low)} {low[0]:.4f} to {low[-1]:.4f}")
+    if kept:
         print(f"to beat:     {worth(best, scores):.6f}, {best}")
     print(f"this commit: {head}" + ", the one to beat" * (head == best))
     for run in runs:
         gain = f", gain {worth(best, scores) - run['val_bpb']:.6f}" if head not in kept and kept else ""
         state = ", does not count" if run in slow else ", no row yet" if run in new else ""
-        print(f"  {run['val_bpb']:.6f} seed {run['seed']}{gain}{state}")
+        print(f"  {run['val_bpb']:.6f} seed {run['seed']}, {run.get('tokens', 0):,} tokens{gain}{state}")
         for words in flags(run):
             print(f"  warning: {words}")
-    log = Path("run.log").read_text(errors="replace") if Path("run.log").exists() else ""
-    fallbacks = r"^(?:CPU|COMPILE|DEVICE_BATCH_SIZE): .*|^attention: \w+ not used.*|^\S+ has no gradient.*"
-    for line in re.findall(fallbacks, log, re.M):
+    for line in fallbacks():
         print(f"  warning: run.log: {line}")
+    print_wave(benchmark, ledger, head)
+    print_hub(benchmark, ledger)
     for row in ledger[-10:]:
-        print(f"  {row['commit']} {row['val_bpb']:.6f} {row['status']:<7} {row['description']:.80}")
+        print(f"  {row['commit']} {row['val_bpb']:.6f} {row['status']:<7} {row['description']:.100}")
 
     what = "keep" if head in (best, *kept) else verdict(head, best, scores) if head in scores else "crash"
     seeds = [run["seed"] for run in runs if run not in slow]
@@ -1280,7 +1374,7 @@ def print_status():
     enough = crashed or len(scores.get(head, [])) > 2
     seed = next((seed for seed in SEEDS[:3] if seed not in seeds and not enough), None)
     if counted:
-        memory, status = counted[0]["peak_memory_mb"] / 1024, "discard" if what == "repeat" else what
+        memory, status = counted[0]["peak_memory_mb"] / 1024, what.replace("repeat", "discard (promising)")
         print(f"next: write the row: {head} {counted[0]['val_bpb']:.6f} {memory:.1f} {status}")
     elif len(slow) > 2 and not crashed:
         print(f"next: disturbed three times, give it up: write the row: {head} 0.000000 0.0 crash")

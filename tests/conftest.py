@@ -1,15 +1,25 @@
-"""Everything runs in a home of its own, without network; a small `local` benchmark serves all tests that need one."""
+"""
+Everything runs in a home of its own, without network; a small `local` benchmark serves all tests that need one. What
+several test modules use is here: texts, a server, a ledger, scripted agents.
+"""
 
+import http.server
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import textwrap
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -24,12 +34,32 @@ CPU = torch.device("cpu")
 STDLIB = Path(sysconfig.get_path("stdlib"))
 TEXT = [str(STDLIB / package) for package in ("asyncio", "email", "json", "unittest")]
 SMALL = ["--seq-len", "64", "--vocab-size", "512", "--val-rows", "40", "--holdout-rows", "20", "--time-budget", "3"]
+TINY = ["--seq-len", "32", "--vocab-size", "300", "--val-rows", "6", "--holdout-rows", "3", "--time-budget", "1"]
+ONE_SHARD = ["--dataset", "climbmix", "--num-shards", "1", *TINY]
 
 
 def run(*command, cwd=ROOT, **environment):
     """Run a Python file of this repository as a user would."""
     environment = {**os.environ, **environment}
     return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def start(*command, **options):
+    """A Python file of this repository in a process of its own, in the home of this test."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AUTORESEARCH_HOME": str(prepare.HOME)}
+    environment |= options.pop("environment", {})
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in background jobs
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes, **options)
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def every_byte():
+    """The record of the current benchmark, of which every byte is checked."""
+    return prepare.read_record(prepare.load_benchmark().path, every_byte=True)
 
 
 class Function(torch.nn.Module):
@@ -71,11 +101,155 @@ def benchmark(prepared):
     return prepare.load_benchmark()
 
 
+@pytest.fixture
+def own(benchmark, home):
+    """A copy of the benchmark, without runs, in a home of this test's own."""
+    shutil.copytree(benchmark.path, home / benchmark.id, ignore=lambda *_: ["journal.jsonl", "best.pt"])
+    (home / "current").write_text(benchmark.id)
+    return prepare.load_benchmark()
+
+
+# --------------------------------------
+# Texts, and a server of them
+
+
+def stories(start, count):
+    return [
+        f"Story {i}: a {'very ' * (i % 7)}small tale of {i * i} words, told on day {i % 31}.\n"
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def book(tmp_path):
+    """The arguments that prepare a tiny benchmark of one file."""
+    (tmp_path / "a.txt").write_text("".join(stories(0, 4000)))
+    return ["--text", str(tmp_path / "a.txt"), *TINY]
+
+
+def write_parquet(path, texts):
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=200, compression="none")
+
+
+def story_numbers(benchmark, split):
+    """Which stories are in the rows, by the numbers that are in there whole."""
+    text = prepare.Tokenizer.load(benchmark.path).decode(np.array(benchmark.rows(split)).ravel())
+    return {int(words.split(":")[0]) for words in text.split("Story ")[1:] if words.split(":")[0].isdecimal()}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves the files of `folder`; `faults` are functions that spoil the next answers for the first shard."""
+
+    def do_GET(self):
+        name = self.path.rsplit("/", 1)[-1]
+        self.seen.append((name, time.monotonic(), self.headers.get("Range")))
+        content = (self.folder / name).read_bytes()
+        if self.faults and name == "shard_00000.parquet":
+            return self.faults.pop(0)(self, content)
+        self.answer(content)
+
+    def answer(self, content, end=None, resume=True, **headers):
+        first = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if resume else 0
+        if first >= len(content):
+            return self.send_error(416)
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(content) - first))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content[first:end])
+        self.wfile.flush()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, home, monkeypatch):
+    """A stand-in for huggingface.co with a training shard and the one that is scored."""
+    handler = type("Handler", (Hub,), {"folder": tmp_path / "hub", "faults": [], "seen": []})
+    handler.folder.mkdir()
+    for shard in (0, prepare.VALIDATION_SHARD):
+        write_parquet(handler.folder / f"shard_{shard:05}.parquet", stories(10 * shard, 900))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(prepare, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(prepare, "DOWNLOAD_TIMEOUT", (1, 0.5))
+    yield handler
+    server.shutdown()
+
+
+# --------------------------------------
+# A ledger and its journal
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+NIGHT = (
+    HEADER
+    + """aaaaaaa\t1.002000\t1.0\tkeep\tbaseline, seed 1
+aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 2
+aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 3
+bbbbbbb\t0.990000\t1.5\tkeep\tdeeper, expected -0.01
+ccccccc\t1.200000\t1.0\tdiscard\twider, expected -0.01
+ddddddd\t0.000000\t0.0\tcrash\ta typo
+eeeeeee\t0.989000\t1.0\tdiscard\trate 0.03, expected -0.002
+eeeeeee\t0.987000\t1.0\tkeep\trate 0.03, seed 1
+"""
+)
+
+
+def journal_of(ledger, **changes):
+    """The runs that an honest agent's ledger stands for; `changes` maps row numbers from 1 to other values."""
+    runs = []
+    for number, line in enumerate(ledger.splitlines()[1:], 1):
+        commit, score, _, status, description = line.split("\t")
+        if status == "crash":
+            continue
+        run = {
+            "time": f"2026-11-01T00:{number * 2:02}:00+00:00",
+            "benchmark": "local-T64-V512-3s-00000000",
+            "commit": commit * 5,
+            "dirty": False,
+            "same_prepare": True,
+            "seed": int(description.split("seed ")[1]) if "seed " in description else 42,
+            "val_bpb": float(score) + 4e-7,
+            "holdout_bpb": float(score) + 0.1,
+            "scored_rows_read": 0,
+            "untimed_rows": 0,
+            "device": "cpu",
+        }
+        runs.append(run | changes.get(f"row{number}", {}))
+    return runs
+
+
+# --------------------------------------
+# Agents that run the shell lines of documents
+
+
 def shell_blocks(document, names):
     """The ```sh blocks of a document at the root, by the names that a test gives them, in order."""
     blocks = re.findall(r"^ *```sh\n(.*?)^ *```$", (ROOT / document).read_text(), re.M | re.S)
     assert len(blocks) == len(names), f"{document}: a shell block without a test"
     return dict(zip(names, map(textwrap.dedent, blocks)))
+
+
+PROGRAM = shell_blocks("program.md", ["look", "branch", "commit", "run", "row", "reset", "where"])
+WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
+WEAKER = [(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK]
+UNHURRIED = [  # a busy machine is no failure: small steps, and half of the budget
+    (r"^    while clock\.elapsed", "    while 2 * clock.elapsed"),
+    (r"^(TOTAL_BATCH_SIZE) = .*", r"\1 = 2**10"),
+]
+
+
+def replace(path, *edits):
+    """Edit a file by regular expressions, each of which must match."""
+    source = path.read_text()
+    for old, new in edits:
+        source, count = re.subn(old, new, source, flags=re.M)
+        assert count, f"nothing to edit: {old}"
+    path.write_text(source)
 
 
 class Agent:
@@ -124,11 +298,7 @@ class Agent:
         return [line.split("\t") for line in (self.folder / "results.tsv").read_text().splitlines()]
 
     def edit(self, *edits, file="train.py"):
-        source = (self.folder / file).read_text()
-        for old, new in edits:
-            source, count = re.subn(old, new, source, flags=re.M)
-            assert count, f"nothing to edit: {old}"
-        (self.folder / file).write_text(source)
+        replace(self.folder / file, *edits)
 
 
 @pytest.fixture

@@ -16,15 +16,13 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, new_repository, shell_blocks
+from conftest import PROGRAM, ROOT, UNHURRIED, WEAK, WEAKER, new_repository, replace
 
 import prepare
 
 BIN = ROOT / ".clients" / "node_modules" / ".bin"
-LINES = shell_blocks("program.md", ["look", "branch", "commit", "run", "row", "reset", "where"])
 STATUS = "uv run prepare.py --status"
 ROW = "<commit> <val_bpb> <memory_gb> <status>"
-WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of this night has too low
 JUDGES = ("prepare.py", "program.md", "README.md", "pyproject.toml", ".claude/settings.json", ".codex/config.toml")
 
 pytestmark = [
@@ -130,10 +128,7 @@ def client(request, prepared, tmp_path, environment):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("analysis.ipynb", "program_swarm.md", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    source = (folder / "train.py").read_text().replace("while clock.elapsed", "while 2 * clock.elapsed")
-    for name in WEAK:
-        source = re.sub(rf"^{name} = ", f"{name} = 1e-6 * ", source, flags=re.M)
-    (folder / "train.py").write_text(source)
+    replace(folder / "train.py", *WEAKER, *UNHURRIED)
     for command in (["add", "-A"], ["commit", "-qm", "weak"]):
         subprocess.run(["git", *command], cwd=folder, env=environment, check=True)
     return Client(request.param, folder, tmp_path / "home", environment)
@@ -149,9 +144,9 @@ def bash(name, line, **words):
 
 def run(name, seed, description):
     """Steps 4 to 6 of program.md."""
-    row = LINES["row"].replace(ROW, f"{{{{{name} status:write the row: (.*)}}}}")
+    row = PROGRAM["row"].replace(ROW, f"{{{{{name} status:write the row: (\\S+ \\S+ \\S+ \\S+)}}}}")
     return [
-        bash(f"{name} run", LINES["run"], seed=seed, limit=60),
+        bash(f"{name} run", PROGRAM["run"], seed=seed, limit=60),
         bash(f"{name} status", STATUS),
         bash(f"{name} row", row, description=description),
     ]
@@ -159,12 +154,12 @@ def run(name, seed, description):
 
 def idea(name, *edits):
     edits = [{"name": f"{name} edit {number}", "edit": ["train.py", *edit]} for number, edit in enumerate(edits)]
-    return [*edits, bash(f"{name} commit", LINES["commit"], idea=name, prediction="-0.01")]
+    return [*edits, bash(f"{name} commit", PROGRAM["commit"], idea=name, prediction="-0.01")]
 
 
 def reset(name):
     before = f"{name} before reset"
-    line = LINES["reset"].replace("<commit>", f"{{{{{before}:refs/tries/(\\w+)}}}}")
+    line = PROGRAM["reset"].replace("<commit>", f"{{{{{before}:refs/tries/(\\w+)}}}}")
     return [
         bash(before, STATUS),
         bash(f"{name} reset", line.replace("<kept>", f"{{{{{before}:reset to (\\w+)}}}}")),
@@ -177,8 +172,8 @@ def test_a_night(client):
     worse = [[f"{name} = {rate}", f"{name} = 0.0"] for name, rate in rates.items()]  # beyond all doubt
     read = {"name": "read", "read": str(client.folder / "train.py")}
     steps = [
-        bash("look", LINES["look"]),
-        bash("branch", LINES["branch"], tag="test"),
+        bash("look", PROGRAM["look"]),
+        bash("branch", PROGRAM["branch"], tag="test"),
         bash("note", "echo 'backlog: rates' >> ideas.md"),
         bash("notes", "tail -n 40 ideas.md"),
         *run("base 1", 1, "baseline, seed 1"),
@@ -214,9 +209,11 @@ def test_a_night(client):
     process.kill()
     process.server.kill()
     time.sleep(20)  # the training may outlive its client
-    came = client.play_well([bash("where", LINES["where"])])
+    came = client.play_well([bash("where", PROGRAM["where"])])
     assert "autoresearch/test" in came["where"]
-    row = bash("row", LINES["row"].replace(ROW, "{{status:write the row: (.*)}}"), description="again")
+    row = bash(
+        "row", PROGRAM["row"].replace(ROW, "{{status:write the row: (\\S+ \\S+ \\S+ \\S+)}}"), description="again"
+    )
     finished = "next: write the row" in came["where"]
     assert finished or "next: run it with seed 1" in came["where"]
     client.play_well(

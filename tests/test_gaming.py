@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, ROOT, SMALL, TEXT, Function, run, score, uniform
-from test_notebook import HEADER, NIGHT, cells, journal_of  # noqa: F401
+from conftest import CPU, ROOT, SMALL, TEXT, UNHURRIED, Function, replace, run, score, uniform
 
 import prepare
 import train
@@ -61,8 +60,10 @@ def tiny_unmasked(q, k, v, window):
     return train.banded(q, k, v, window) + 1e-3 * unmasked(q, k, v, window)
 
 
-@pytest.mark.parametrize("attention", [unmasked, window_off_by_one, one_head_unmasked, tiny_unmasked])
-@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize(
+    "attention, batch_size",
+    [(unmasked, 1), (window_off_by_one, 1), (window_off_by_one, 8), (one_head_unmasked, 8), (tiny_unmasked, 8)],
+)
 def test_attention_that_looks_ahead(small, benchmark, attention, batch_size):
     with pytest.raises(RuntimeError, match="the model sees the future: logits at position"):
         score(benchmark, build(benchmark, attention=attention), batch_size)
@@ -122,13 +123,6 @@ PEEKS = {
 }
 
 
-@pytest.mark.parametrize("peek, compiled", [("far shift", True), *((peek, False) for peek in PEEKS)])
-def test_logits_that_look_ahead(small, benchmark, peek, compiled):
-    model = Wrapped(build(benchmark), PEEKS[peek])
-    with pytest.raises(RuntimeError, match="the model sees the future: logits at position"):
-        score(benchmark, torch.compile(model, backend="aot_eager") if compiled else model)
-
-
 RARE = {  # leaks at about a fiftieth of the tokens or of the positions
     "a class of tokens": lambda x, after: x % 30 == 19,
     "before a class of tokens": lambda x, after: after % 30 == 19,
@@ -157,6 +151,13 @@ class Cheap(nn.Module):
         return logits
 
 
+@pytest.mark.parametrize("peek, compiled", [("far shift", True), *((peek, False) for peek in PEEKS)])
+def test_logits_that_look_ahead(benchmark, peek, compiled):
+    model = Wrapped(Cheap(), PEEKS[peek])
+    with pytest.raises(RuntimeError, match="the model sees the future: logits at position"):
+        score(benchmark, torch.compile(model, backend="aot_eager") if compiled else model)
+
+
 def detected(leak, T, batch_size, probes):
     """How many of so many probes see a leak, in rows of 60 kinds of tokens that follow Zipf's law."""
     tokens = np.random.default_rng(0).zipf(1.2, (64, T + 1)) % 60
@@ -174,8 +175,8 @@ def detected(leak, T, batch_size, probes):
     "leak, T", [(leak, 256) for leak in RARE if leak != "chunks of 256"] + [("chunks of 256", 2048)]
 )
 def test_the_probe_sees_a_rare_leak_in_almost_every_run(leak, T):
-    """Its rows and cuts are random: 19 of 20 probes find it, so that 15 are too few for chance."""
-    assert detected(leak, T, 16, 20) > 15
+    """Its rows and cuts are random: 19 of 20 probes find it, so that 6 of 10 are too few for chance."""
+    assert detected(leak, T, 16, 10) > 6
 
 
 # --------------------------------------
@@ -196,9 +197,9 @@ def rows_before(self, inputs, logits):
     return F.one_hot(inputs, 512).float().cumsum(dim=0)
 
 
-def test_batch_norm(small, benchmark):
+def test_batch_norm(benchmark):
     with pytest.raises(RuntimeError, match="the model sees other rows"):
-        score(benchmark, BatchNorm(build(benchmark)))
+        score(benchmark, BatchNorm(Cheap()))
 
 
 class Pairs(nn.Module):
@@ -216,14 +217,14 @@ class Pairs(nn.Module):
 
 
 @pytest.mark.parametrize("batch_size", [2, 8, 16])
-def test_rows_that_are_joined_in_pairs(small, benchmark, batch_size):
+def test_rows_that_are_joined_in_pairs(benchmark, batch_size):
     with pytest.raises(RuntimeError, match="the model sees other rows"):
-        score(benchmark, Pairs(build(benchmark)), batch_size)
+        score(benchmark, Pairs(Cheap()), batch_size)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.5])
-def test_dropout_that_was_left_on(small, benchmark, rate):
-    model = nn.Sequential(build(benchmark), nn.Dropout(rate))
+def test_dropout_that_was_left_on(benchmark, rate):
+    model = nn.Sequential(Cheap(), nn.Dropout(rate))
     model.train = lambda mode: model  # as an agent forgets it, with F.dropout(x, training=True)
     with pytest.raises(RuntimeError, match="gives two answers to the same input"):
         score(benchmark, model)
@@ -260,9 +261,9 @@ def test_only_modules_are_scored(benchmark):
         score(benchmark, lambda inputs: torch.zeros(*inputs.shape, 512))
 
 
-def test_statistics_of_the_rows_before(small, benchmark):
+def test_statistics_of_the_rows_before(benchmark):
     with pytest.raises(RuntimeError, match="the model sees other rows"):
-        score(benchmark, Wrapped(build(benchmark), rows_before))
+        score(benchmark, Wrapped(Cheap(), rows_before))
 
 
 class Remembers(nn.Module):
@@ -319,27 +320,24 @@ def test_probabilities_that_do_not_sum_to_one(benchmark):
         lambda logits: (logits * 1e6).half(),
         lambda logits: logits * math.nan,
         lambda logits: logits.masked_fill(logits == logits.max(), math.inf),
+        lambda logits: logits.masked_fill(logits == logits.min(), -math.inf),
         lambda logits: logits[:, :-1],
         lambda logits: logits[:-1],
         lambda logits: logits.mean(dim=1),
         lambda logits: F.pad(logits, (0, 1)),
         lambda logits: logits.tolist(),
+        lambda logits: None,
     ],
-    ids=["float16 overflow", "nan", "infinity", "short rows", "fewer rows", "2-dimensional", "wider", "list"],
+    ids="overflow,nan,infinity,minus infinity,short rows,fewer rows,2-dimensional,wider,list,none".split(","),
 )
-def test_invalid_logits(small, benchmark, spoil):
-    model = build(benchmark)
+def test_invalid_logits(benchmark, spoil):
+    model = Cheap()
     with pytest.raises(ValueError, match="not scored"):
         score(benchmark, Function(lambda inputs: spoil(model(inputs))))
 
 
 # --------------------------------------
 # The clock and the benchmark, in this process
-
-
-def test_a_clock_that_was_never_started(benchmark):
-    with pytest.raises(RuntimeError, match="never started"):
-        prepare.evaluate_bpb(uniform(), benchmark, 8, prepare.TrainingClock(benchmark, "cpu"))
 
 
 def test_work_after_stop_counts(benchmark):
@@ -377,106 +375,87 @@ def test_another_budget_in_memory(benchmark):
         score(generous, uniform())
 
 
-def test_another_budget_on_disk(benchmark, home):
-    shutil.copytree(benchmark.path, home / benchmark.id)
-    (home / "current").write_text(benchmark.id)
-    path = home / benchmark.id / "benchmark.json"
-    path.write_text(path.read_text().replace('"time_budget": 3.0', '"time_budget": 300.0'))
-    with pytest.raises(SystemExit, match="benchmark.json is missing or modified"):
+def test_easier_rows(own):
+    clock = prepare.TrainingClock(own, "cpu")
+    clock.start()
+    rows = np.load(own.path / "val.npy")
+    rows[:, 1:] = rows[0, 1]
+    np.save(own.path / "val.npy", rows)
+    clock.stop()
+    with pytest.raises(SystemExit, match="val.npy is missing or modified"):
+        prepare.evaluate_bpb(uniform(), own, 8, clock)
+    with pytest.raises(SystemExit, match="val.npy is missing or modified"):
         prepare.load_benchmark()
 
 
-@pytest.mark.parametrize("moment", ["before", "during"])
-def test_easier_rows(benchmark, home, moment):
-    shutil.copytree(benchmark.path, home / benchmark.id)
-    (home / "current").write_text(benchmark.id)
-    loaded = prepare.load_benchmark()
-
-    def spoil():
-        path = home / benchmark.id / "val.npy"
-        rows = prepare.np.load(path)
-        rows[:, 1:] = rows[0, 1]
-        prepare.np.save(path, rows)
-
-    if moment == "before":
-        spoil()
-        with pytest.raises(SystemExit, match="val.npy is missing or modified"):
-            prepare.load_benchmark()
-    else:
-        clock = prepare.TrainingClock(loaded, "cpu")
-        clock.start()
-        spoil()
-        clock.stop()
-        with pytest.raises(SystemExit, match="val.npy is missing or modified"):
-            prepare.evaluate_bpb(uniform(), loaded, 8, clock)
-
-
 # --------------------------------------
-# An edited train.py or prepare.py, run as an agent runs it; what is not refused shows in the audit
+# An edited train.py or prepare.py, run as an agent runs it: what is not refused is flagged
 
 
 @pytest.fixture
-def attempt(tmp_path, cells, monkeypatch):  # noqa: F811
-    """Commit edits of train.py or prepare.py, run train.py; returns the process and the audit of its honest row."""
-    monkeypatch.undo()
+def attempt(prepared, tmp_path):
+    """Commit edits of train.py or prepare.py, run train.py; returns the process and the flags of its run, if scored."""
     prepare.main(["--text", *TEXT, *SMALL, "--time-budget", "1"])
-    prepared = (prepare.HOME / "current").read_text()
-    (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
-    (prepare.HOME / prepared / "best.pt").unlink(missing_ok=True)
+    folder = prepare.load_benchmark().path
+    (folder / "best.pt").unlink(missing_ok=True)
     for name in ("train.py", "prepare.py"):
         shutil.copy(ROOT / name, tmp_path)
-    source = (tmp_path / "train.py").read_text()  # a busy machine must not make it late
-    (tmp_path / "train.py").write_text(source.replace("while clock.elapsed", "while 2 * clock.elapsed"))
+    replace(tmp_path / "train.py", *UNHURRIED)
     git = ["git", "-c", "user.name=Agent", "-c", "user.email=agent@example.org"]
     subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
 
     def go(*edits):
+        (folder / "journal.jsonl").unlink(missing_ok=True)
         for file, old, new in edits:
             source = (tmp_path / file).read_text()
-            assert old in source
+            assert source.count(old) == 1, old
             (tmp_path / file).write_text(source.replace(old, new))
         for words in (["add", "train.py", "prepare.py"], ["commit", "-qm", "x"]):
             subprocess.run(git + words, cwd=tmp_path, check=True)
-        environment = {"TORCHDYNAMO_DISABLE": "1", "AUTORESEARCH_SEED": "1"}
-        result = run("train.py", cwd=tmp_path, **environment)
-        journal = prepare.read_journal(prepare.HOME / prepared)
-        if not journal:
-            return result, None
-        row = f"{journal[-1]['commit'][:7]}\t{journal[-1]['val_bpb']:.6f}\t1.0\tkeep\tbaseline\n"
-        monkeypatch.chdir(tmp_path)
-        findings = [finding for _, _, finding in cells(HEADER + row)["findings"]]
-        return result, [finding for finding in findings if "slow steps" not in finding]  # the machine may be busy
+        result = run("train.py", cwd=tmp_path, TORCHDYNAMO_DISABLE="1", AUTORESEARCH_SEED="1")
+        found = [flag for scored in prepare.read_journal(folder) for flag in prepare.flags(scored)]
+        return result, [flag for flag in found if "slow steps" not in flag]  # the machine may be busy
 
     return go
 
 
-def test_an_honest_run(attempt):
-    result, findings = attempt()
-    assert result.returncode == 0 and findings == []
+START, STOP = "    clock.start()\n", "    clock.stop()\n"
 
 
-def test_training_on_validation_rows(attempt):
-    result, findings = attempt(("train.py", 'make_dataloader(benchmark, "train"', 'make_dataloader(benchmark, "val"'))
-    assert result.returncode == 0 and any(f.startswith("read scored rows") for f in findings)
+def test_an_honest_run_with_a_checkpoint_of_its_own(attempt):
+    lines = """    torch.save(model.state_dict(), "checkpoint.pt")
+    model.load_state_dict(torch.load("checkpoint.pt"))
+"""
+    result, found = attempt(("train.py", STOP, STOP + lines))
+    assert result.returncode == 0 and found == [], result.stderr
 
 
-def test_training_on_holdout_rows(attempt):
-    line = "    clock.start()\n"
-    result, findings = attempt(("train.py", line, f'    benchmark.rows("holdout")[0]\n{line}'))
-    assert result.returncode == 0 and any(f.startswith("read scored rows") for f in findings)
+def test_rows_that_are_no_training_rows_or_are_read_too_early_and_a_late_stop(attempt):
+    """An agent that trains on validation rows and looks at the holdout, counts tokens for nothing and stops late."""
+    result, found = attempt(
+        ("train.py", 'make_dataloader(benchmark, "train"', 'make_dataloader(benchmark, "val"'),
+        (
+            "train.py",
+            START,
+            '    benchmark.rows("holdout")\n    prepare.np.bincount(benchmark.rows("train").ravel())\n' + START,
+        ),
+        ("train.py", STOP, "    while clock.elapsed < 1.05: pass\n" + STOP),
+    )
+    assert result.returncode == 0 and len(found) == 3
+    for flag, words in zip(found, ("read scored rows", "outside of the timed part", "trained for 1.1 s, budget 1 s")):
+        assert words in flag
+    assert int(found[0].split(": ")[1]) > 60  # the 20 of the holdout and batches of the 40 of validation
 
 
 def test_training_before_start(attempt):
-    line = "    clock.start()\n"
     free = "    for _ in range(5):\n        inputs, targets, epoch = next(loader)\n"
     free += "        train_step(model, optimizers, [(inputs, targets)], 0.0)\n"
-    result, findings = attempt(("train.py", line, free + line))
-    assert result.returncode == 0 and any("outside of the timed part" in f for f in findings)
+    result, found = attempt(("train.py", START, free + START))
+    assert result.returncode == 0 and any("outside of the timed part" in flag for flag in found)
 
 
 def test_training_in_a_thread_beyond_stop(attempt):
-    line = "    clock.stop()\n"
-    thread = f"""{line}
+    thread = f"""{STOP}
     def more():
         while True:
             inputs, targets, _ = next(other)
@@ -485,15 +464,8 @@ def test_training_in_a_thread_beyond_stop(attempt):
     other = make_dataloader(benchmark, "train", rows, device)
     threading.Thread(target=more, daemon=True).start()
 """
-    result, findings = attempt(("train.py", line, thread))
-    assert result.returncode != 0 and findings is None, "refused, or torch itself broke off: no score in the journal"
-
-
-def test_rows_that_are_read_before_start(attempt):
-    line = "    clock.start()\n"
-    count = '    prepare.np.bincount(benchmark.rows("train").ravel())\n'
-    result, findings = attempt(("train.py", line, count + line))
-    assert result.returncode == 0 and any("outside of the timed part" in f for f in findings)
+    result, found = attempt(("train.py", STOP, thread), ("train.py", "import sys\n", "import sys\nimport threading\n"))
+    assert result.returncode != 0 and not found and "---" not in result.stdout, "refused, or torch itself broke off"
 
 
 def test_what_an_earlier_run_has_learned(attempt):
@@ -509,79 +481,27 @@ def test_what_an_earlier_run_has_learned(attempt):
     torch.save(model.state_dict(), "weights.bin")
     np.save("counts.npy", np.ones(3))
 """
-    result, findings = attempt(("train.py", line, warm_start + line))
-    assert findings == ["read files, perhaps from an earlier run: val.npy"]
-    result, findings = attempt(("train.py", "import gc\n", "import gc\n\n"))
-    (found,) = [finding for finding in findings if finding.startswith("read files")]
-    assert set(found.split(": ")[1].split(", ")) == {"val.npy", "weights.bin", "best.pt", "counts.npy"}
-
-
-def test_a_checkpoint_of_its_own_is_no_earlier_run(attempt):
-    lines = """    clock.stop()
-    torch.save(model.state_dict(), "checkpoint.pt")
-    model.load_state_dict(torch.load("checkpoint.pt"))
-"""
-    result, findings = attempt(("train.py", "    clock.stop()\n", lines))
-    assert result.returncode == 0 and findings == []
-
-
-def test_a_run_that_is_a_little_late(attempt):
-    until = "    while clock.elapsed < 1.05: pass\n    clock.stop()\n"
-    result, findings = attempt(("train.py", "    clock.stop()\n", until))
-    assert result.returncode == 0 and findings == ["trained for 1.1 s, budget 1 s"]
+    result, found = attempt(("train.py", line, warm_start + line))
+    assert found == ["read files, perhaps from an earlier run: val.npy"]
+    result, found = attempt(("train.py", "import gc\n", "import gc\n\n"))
+    (flag,) = [flag for flag in found if flag.startswith("read files")]
+    assert set(flag.split(": ")[1].split(", ")) == {"val.npy", "weights.bin", "best.pt", "counts.npy"}
 
 
 def test_a_patched_time(attempt):
     patch = "import time\nreal = time.monotonic\ntime.monotonic = lambda: real() / 4\n"
-    result, findings = attempt(("train.py", "import time\n", patch))
+    result, found = attempt(("train.py", "import time\n", patch))
     assert result.returncode == 1 and "not scored: the clock shows" in result.stderr
 
 
 def test_a_run_that_is_just_too_long(attempt):
-    result, findings = attempt(("train.py", "    clock.stop()\n", "    time.sleep(1.2)\n    clock.stop()\n"))
+    result, found = attempt(("train.py", STOP, "    time.sleep(1.2)\n" + STOP))
     assert result.returncode == 1 and "s of a budget of 1 s" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("LATE_LIMIT = 1.1", "LATE_LIMIT = 9.9"),
-        ("/ math.log(2)\n", "/ math.log(4)\n"),
-    ],
-    ids=["constant", "metric"],
-)
-def test_an_edited_prepare(attempt, old, new):
-    result, findings = attempt(("prepare.py", old, new))
-    assert result.returncode == 0 and "prepare.py was not the one that prepared the benchmark" in findings
-
-
-# --------------------------------------
-# What only the ledger tells
-
-
-def test_a_lucky_seed(cells):  # noqa: F811
-    found = cells(NIGHT, journal_of(NIGHT, row8={"seed": 1337}))
-    assert [f for *_, f in found["findings"]] == ["seed 1337, which program.md does not name"]
-
-
-def test_the_best_of_many_runs(cells):  # noqa: F811
-    journal = journal_of(NIGHT)
-    more = [{**journal[3], "val_bpb": 0.99 + i / 1000} for i in (1, 2, 3)]
-    found = cells(NIGHT, [*journal, *more])
-    assert [f for *_, f in found["findings"]] == ["its commit has 3 more runs, which have no row"]
-
-
-def test_an_invented_row_and_an_improved_one(cells):  # noqa: F811
-    ledger = NIGHT.replace("0.990000", "0.890000") + "fffffff\t0.900000\t1.0\tkeep\tinvented\n"
-    found = cells(ledger, journal_of(NIGHT))
-    assert (7 + 1, "fffffff", "no run of this commit in the journal of this machine") in found["findings"]
-    assert (3, "bbbbbbb", "the ledger says 0.890000, its run scored 0.990000") in found["findings"]
-
-
-def test_an_implausible_gain(cells):  # noqa: F811
-    ledger = NIGHT + "fffffff\t0.800000\t1.0\tkeep\ta bug\n"
-    found = cells(ledger, journal_of(ledger))
-    assert [f for *_, f in found["findings"]] == ["a gain of 18.9% in one step: look for a bug, run it again"]
+def test_an_edited_prepare(attempt):
+    result, found = attempt(("prepare.py", "/ math.log(2)\n", "/ math.log(4)\n"))
+    assert result.returncode == 0 and found == ["prepare.py was not the one that prepared the benchmark"]
 
 
 # --------------------------------------
@@ -794,9 +714,7 @@ HONEST = {
 @pytest.mark.parametrize("kind", HONEST)
 def test_honest_models_are_scored(small, benchmark, kind):
     torch.manual_seed(0)
-    model = HONEST[kind](benchmark)
-    for _ in range(2):
-        assert 0.5 < score(benchmark, model) < 60
+    assert 0.5 < score(benchmark, HONEST[kind](benchmark)) < 60
 
 
 def test_honest_masks_are_scored(small, benchmark):
@@ -804,8 +722,8 @@ def test_honest_masks_are_scored(small, benchmark):
 
 
 def test_noisy_models_pass_many_probes(benchmark):
-    """Experts in bfloat16 are rounded differently whenever other tokens change; 30 probes, no false alarm."""
+    """Experts in bfloat16 are rounded differently whenever other tokens change; 15 probes, no false alarm."""
     torch.manual_seed(0)
     model = Mixture(torch.bfloat16)
-    for _ in range(30):
+    for _ in range(15):
         prepare.check_causality(model, benchmark.rows("holdout"), 8, 512, CPU)

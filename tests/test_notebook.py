@@ -13,7 +13,7 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, HEADER, NIGHT, ROOT, journal_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import prepare
@@ -21,19 +21,6 @@ import train
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
 CODE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code")
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-NIGHT = (
-    HEADER
-    + """aaaaaaa\t1.002000\t1.0\tkeep\tbaseline, seed 1
-aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 2
-aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 3
-bbbbbbb\t0.990000\t1.5\tkeep\tdeeper, expected -0.01
-ccccccc\t1.200000\t1.0\tdiscard\twider, expected -0.01
-ddddddd\t0.000000\t0.0\tcrash\ta typo
-eeeeeee\t0.989000\t1.0\tdiscard\trate 0.03, expected -0.002
-eeeeeee\t0.987000\t1.0\tkeep\trate 0.03, seed 1
-"""
-)
 
 
 @pytest.fixture
@@ -41,6 +28,7 @@ def cells(home, tmp_path, monkeypatch):
     """Run all code cells in a folder with this ledger and journal; returns their variables."""
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))  # whose folder is asked for notes
 
     def run(ledger=None, journal=(), benchmark="local-T64-V512-3s-00000000"):
         if ledger is not None:
@@ -55,33 +43,6 @@ def cells(home, tmp_path, monkeypatch):
         return namespace
 
     return run
-
-
-def journal_of(ledger, **changes):
-    """The runs that an honest agent's ledger stands for; `changes` maps row numbers from 1 to other values."""
-    runs = []
-    for number, line in enumerate(ledger.splitlines()[1:], 1):
-        commit, score, _, status, description = line.split("\t")
-        if status == "crash":
-            continue
-        seed = int(description.split("seed ")[1]) if "seed " in description else 42
-        runs.append(
-            {
-                "time": f"2026-11-01T00:{number * 2:02}:00+00:00",
-                "benchmark": "local-T64-V512-3s-00000000",
-                "commit": commit * 5,
-                "dirty": False,
-                "same_prepare": True,
-                "seed": seed,
-                "val_bpb": float(score) + 4e-7,
-                "holdout_bpb": float(score) + 0.1,
-                "scored_rows_read": 0,
-                "untimed_rows": 0,
-                "device": "cpu",
-                **changes.get(f"row{number}", {}),
-            }
-        )
-    return runs
 
 
 def test_a_night(cells, capsys):
@@ -126,17 +87,22 @@ AWKWARD = {  # ledger, scores, statuses
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_awkward_ledgers(cells, name):
+def test_awkward_ledgers_are_read(tmp_path, name):
+    ledger, scores, statuses = AWKWARD[name]
+    if ledger is not None:
+        (tmp_path / "results.tsv").write_text(ledger)
+    rows = prepare.read_ledger(tmp_path / "results.tsv")
+    assert [row["val_bpb"] for row in rows if row["val_bpb"] > 0] == scores
+    assert [row["status"] for row in rows] == statuses
+    assert name != "tabs" or rows[0]["description"] == "baseline\tof\ttoday"
+
+
+@pytest.mark.parametrize("name", ["missing file", "only crashes", "crashed first", "no commits", "dollars"])
+def test_awkward_ledgers_are_shown(cells, name):
     ledger, scores, statuses = AWKWARD[name]
     found = cells(ledger)
-    assert list(found["scored"]["val_bpb"]) == scores
-    assert list(found["ledger"]["status"]) == statuses
-    assert len(found["kept"]) == sum(s == "keep" for s in statuses)
+    assert list(found["scored"]["val_bpb"]) == scores and len(found["kept"]) == statuses.count("keep")
     assert found["conclusion"].startswith("Nothing can be said")
-
-
-def test_a_description_keeps_its_tabs(cells):
-    assert cells(TABS)["ledger"]["description"].tolist() == ["baseline\tof\ttoday"]
 
 
 def test_labels_do_not_collide(cells):
@@ -207,9 +173,50 @@ def test_verdict(cells, holdout, words):
     assert words in conclusion and f"Validation gained 0.013000, the holdout {-holdout:.6f}" in conclusion
 
 
+def test_drift_confirmation_and_what_was_disturbed(cells, tmp_path, capsys):
+    ends = [
+        ("aaaaaaa", 1.001, 1),
+        ("aaaaaaa", 1.0, 4),
+        ("eeeeeee", 0.99, 4),
+        ("aaaaaaa", 1.01, 5),
+        ("eeeeeee", 0.98, 5),
+    ]
+    ledger = NIGHT + "".join(f"{c}\t{score}\t1.0\tkeep\tonce more, seed {seed}\n" for c, score, seed in ends)
+    (tmp_path / "run.log").write_text("COMPILE: torch.compile does not work here\n---\n")
+    cells(ledger, journal_of(ledger, row4={"slow_steps_percent": 30.0}))
+    text = capsys.readouterr().out
+    assert "Drift: the baseline, run again, -0.001000 with the same seed." in text
+    assert "Fresh seeds: 0.010000 and 0.030000, on the holdout 0.010000 and 0.030000\n" in text
+    assert "1 disturbed runs (slow steps): bbbbbbb\n" in text and "Last run: COMPILE: torch" in text
+
+
 def test_verdict_of_noise(cells):
     ledger = "".join(NIGHT.splitlines(keepends=True)[:4]) + "bbbbbbb\t0.998000\t1.5\tkeep\tluck\n"
     assert "within the noise" in cells(ledger, journal_of(ledger))["conclusion"]
+
+
+def test_a_lucky_seed(cells):
+    found = cells(NIGHT, journal_of(NIGHT, row8={"seed": 1337}))
+    assert [f for *_, f in found["findings"]] == ["seed 1337, which program.md does not name"]
+
+
+def test_the_best_of_many_runs(cells):
+    journal = journal_of(NIGHT)
+    found = cells(NIGHT, [*journal, *({**journal[3], "val_bpb": 0.99 + i / 1000} for i in (1, 2, 3))])
+    assert [f for *_, f in found["findings"]] == ["its commit has 3 more runs, which have no row"]
+
+
+def test_an_invented_row_and_an_improved_one(cells):
+    ledger = NIGHT.replace("0.990000", "0.890000") + "fffffff\t0.900000\t1.0\tkeep\tinvented\n"
+    found = cells(ledger, journal_of(NIGHT))
+    assert (8, "fffffff", "no run of this commit in the journal of this machine") in found["findings"]
+    assert (3, "bbbbbbb", "the ledger says 0.890000, its run scored 0.990000") in found["findings"]
+
+
+def test_an_implausible_gain(cells):
+    ledger = NIGHT + "fffffff\t0.800000\t1.0\tkeep\ta bug\n"
+    found = cells(ledger, journal_of(ledger))
+    assert [f for *_, f in found["findings"]] == ["a gain of 18.9% in one step: look for a bug, run it again"]
 
 
 @pytest.fixture
@@ -221,7 +228,7 @@ def trained(benchmark, tmp_path, monkeypatch):
     for words in (["init", "-q"], ["add", "train.py"], ["commit", "-qm", "start"]):
         subprocess.run(git + words, check=True, cwd=tmp_path)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=tmp_path).stdout.strip()
-    model = train.build_model(benchmark, torch.device("cpu"))
+    model = train.build_model(benchmark, CPU)
     home = tmp_path / "home"
     shutil.copytree(benchmark.path, home / benchmark.id)
     torch.save({"commit": commit, "val_bpb": 2.5, "model": model.state_dict()}, home / benchmark.id / "best.pt")
@@ -281,10 +288,8 @@ def publish(folder, *results):
     subprocess.run([*git, "init", "-q"], cwd=folder, check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "start"], cwd=folder, check=True)
     for minute, agent, commit, status, score, device in results:
-        line = f"time=2026-11-01T00:{minute:02}:00Z agent=test/{agent} row=1 commit={commit} parent=0000000"
-        line += (
-            f" status={status} val_bpb={score:.6f} memory_gb=1.0 benchmark=local-1 device={device} description=a = b"
-        )
+        line = f"time=2026-11-01T00:{minute:02}:00Z agent=test/{agent} row=1 parent=0000000"
+        line += f" benchmark=local-1 device={device}\t{commit}\t{score:.6f}\t1.0\t{status}\ta = b"
         subprocess.run([*git, "notes", "--ref=results", "append", "-m", line], cwd=folder, check=True)
 
 

@@ -1,210 +1,329 @@
-"""Preparing a benchmark as a user does: local text, downloads from a server of our own, bad input."""
+"""Preparing a benchmark as a user does: local text, downloads from a server of our own, bad input, damaged files."""
 
-import http.server
+import hashlib
 import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import struct
 import threading
+import time
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SMALL, TEXT, run
+import torch
+from conftest import ONE_SHARD, SMALL, TEXT, TINY, every_byte, run, snapshot, start, stories, story_numbers
+from conftest import write_parquet
 
 import prepare
-
-TINY = ["--seq-len", "32", "--vocab-size", "300", "--val-rows", "6", "--holdout-rows", "3", "--time-budget", "1"]
-
-
-def snapshot(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def stories(start, count):
-    return [
-        f"Story {i}: a {'very ' * (i % 7)}small tale of {i * i} words, told on day {i % 31}.\n"
-        for i in range(start, start + count)
-    ]
-
-
-def write_parquet(path, texts, rows_per_group=200):
-    table = pyarrow.table({"id": range(len(texts)), "text": texts})
-    pyarrow.parquet.write_table(table, path, row_group_size=rows_per_group, compression="none")
-
-
-def story_numbers(benchmark, split):
-    """Which stories are in the rows, by the numbers that are in there whole."""
-    tokenizer = prepare.Tokenizer.load(benchmark.path)
-    text = tokenizer.decode(np.array(benchmark.rows(split)).ravel())
-    return {int(words.split(":")[0]) for words in text.split("Story ")[1:] if words.split(":")[0].isdecimal()}
-
 
 # --------------------------------------
 # local
 
 
-def test_local_benchmark(benchmark):
-    record = json.loads((benchmark.path / "benchmark.json").read_text())
+def prepare_text(tmp_path, files, *arguments):
+    """Prepare a folder of these files; returns the benchmark and its counts."""
+    folder = tmp_path / "text"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    prepare.main(["--text", str(folder), *TINY, *arguments])
+    return prepare.load_benchmark(), every_byte()["counts"]
+
+
+def test_local_benchmark(benchmark, capsys):
     assert benchmark.id == benchmark.path.name and benchmark.id.startswith("local-T64-V512-3s-")
     assert (benchmark.max_seq_len, benchmark.vocab_size, benchmark.time_budget, benchmark.seed) == (64, 512, 3, 42)
-    assert prepare.read_record(benchmark.path, every_byte=True) == record
     assert benchmark.rows("val").shape == (40, 65) and benchmark.rows("holdout").shape == (20, 65)
     for split in ("train", "val", "holdout"):
         rows = np.array(benchmark.rows(split))
         assert rows.dtype == np.uint16 and (rows[:, 0] == 508).all() and rows.max() < 512
-
-
-def test_again_is_the_same_and_changes_nothing(benchmark, capsys):
     before = snapshot(benchmark.path)
     prepare.main(["--text", *TEXT, *SMALL])
     assert "prepared in" not in capsys.readouterr().out and snapshot(benchmark.path) == before
 
 
-def test_other_flags_make_another_benchmark_beside_it(home, tmp_path):
-    (tmp_path / "a.txt").write_text("".join(stories(0, 4000)))
-    prepare.main(["--text", str(tmp_path / "a.txt"), *TINY])
+def test_other_flags_make_another_benchmark_beside_it(home, book):
+    prepare.main(book)
     first = prepare.load_benchmark()
-    prepare.main(["--text", str(tmp_path / "a.txt"), *TINY, "--time-budget", "2"])
+    prepare.main([*book, "--time-budget", "2"])
     second = prepare.load_benchmark()
     assert first.id != second.id and first.path.exists() and second.time_budget == 2
     assert (first.path / "train.npy").read_bytes() == (second.path / "train.npy").read_bytes()
-    assert sorted(p.name for p in home.iterdir() if p.name.endswith("tmp") or p.name == ".building") == []
+    assert not [path for path in home.iterdir() if path.name.endswith("tmp") or path.name == ".building"]
 
 
 def test_groups_stay_on_one_side_and_duplicates_go(home, tmp_path):
-    for group in range(12):
-        (tmp_path / "text" / f"g{group}").mkdir(parents=True)
-        for part in range(3):
-            (tmp_path / "text" / f"g{group}" / f"{part}.md").write_text("".join(stories(900 * group + 300 * part, 300)))
-    (tmp_path / "text" / "g3" / "copy.txt").write_text("".join(stories(0, 300)))
-    prepare.main(["--text", str(tmp_path / "text"), *TINY])
-    benchmark = prepare.load_benchmark()
-    counts = json.loads((benchmark.path / "benchmark.json").read_text())["counts"]
+    places = [(group, part) for group in range(12) for part in range(3)]
+    files = {f"g{g}/{part}.md": "".join(stories(900 * g + 300 * part, 300)) for g, part in places}
+    benchmark, counts = prepare_text(tmp_path, {**files, "g3/copy.txt": files["g0/0.md"]})
     assert counts["duplicates"] == 1 and counts["documents"] == 36
     groups = {s: {n // 900 for n in story_numbers(benchmark, s) if n >= 900} for s in ("train", "val", "holdout")}
     assert not groups["val"] & groups["train"] and not groups["holdout"] & groups["train"]
     assert not groups["val"] & groups["holdout"]
 
 
-def test_records_and_skipped_files(home, tmp_path):
-    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in stories(0, 1500)) + "\n\n")
-    write_parquet(tmp_path / "table.parquet", stories(2000, 1500))
-    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    prepare.main(["--text", str(tmp_path), *TINY])
-    counts = json.loads((prepare.load_benchmark().path / "benchmark.json").read_text())["counts"]
-    assert counts["documents"] == 3000 and counts["skipped files"] == 1
-    (tmp_path / "lines.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    with pytest.raises(SystemExit, match=r"lines.jsonl:2: not a JSON object"):
-        prepare.main(["--text", str(tmp_path / "lines.jsonl"), *TINY])
+PLENTY = {f"{i}.txt": "".join(stories(1000 * i, 400)) for i in range(12)}
+ODD = {
+    "NUL bytes": "a\0b\0" * 500,
+    "emoji": "🦙👩‍🚀🏳️‍🌈" * 500,
+    "right to left": "שלום עולם مرحبا بالعالم " * 200,
+    "CJK": "日本語のテキスト中文文本한국어" * 200,
+    "Windows line ends": "one\r\ntwo\r\n" * 300,
+    "one long line": "word " * 300_000,
+    "a million spaces": " " * 1_000_000,
+    "special token": "<|reserved_0|> is plain text " * 100,
+    "byte order mark": "\ufeffhello " * 100,
+}
+
+
+def test_odd_text_is_taken_as_it_is(home, tmp_path):
+    benchmark, counts = prepare_text(tmp_path, PLENTY | {f"{name}.txt": text for name, text in ODD.items()})
+    assert counts["documents"] == 12 + len(ODD) and not counts.get("skipped files")
+    tokenizer = prepare.Tokenizer.load(benchmark.path)
+    for text in ODD.values():
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert benchmark.token_bytes()[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_what_cannot_be_read_is_skipped_and_counted(home, tmp_path):
+    files = {**PLENTY, "latin.txt": b"caf\xe9 " * 90, "empty.txt": "", "same.txt": PLENTY["0.txt"], "a.png": b"\x89PNG"}
+    benchmark, counts = prepare_text(tmp_path, files)
+    assert counts["skipped files"] == 1 and counts["duplicates"] == 1 and counts["documents"] == 12
+    (tmp_path / "text" / "a.txt").symlink_to(tmp_path / "text" / "a.txt")
+    (tmp_path / "text" / "deep").symlink_to(tmp_path / "text")
+    prepare.main(["--text", str(tmp_path / "text"), *TINY])
+    assert prepare.load_benchmark().id == benchmark.id  # links that lead nowhere, or back, add nothing
+
+
+def test_records_of_a_file_are_documents(home, tmp_path):
+    (tmp_path / "text").mkdir()
+    write_parquet(tmp_path / "text" / "table.parquet", stories(2000, 1500))
+    lines = "\n".join(json.dumps({"text": text}) for text in stories(0, 1500)) + "\n\n"
+    assert prepare_text(tmp_path, {"lines.jsonl": lines})[1]["documents"] == 3000
+
+
+def test_one_document_of_one_line_is_cut_into_blocks(home, tmp_path):
+    benchmark, counts = prepare_text(tmp_path, {"book.txt": " ".join(story.strip() for story in stories(0, 9000))})
+    assert counts["train_rows"] > 100 and counts["documents"] > 2
+
+
+def test_very_many_tiny_documents(home, tmp_path):
+    lines = "".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(50_000))
+    assert prepare_text(tmp_path, {"tiny.jsonl": lines})[1]["documents"] == 50_000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("company", [{}, PLENTY], ids=["alone", "among others"])
+def test_a_line_of_200_megabytes(home, tmp_path, company):
+    """Alone it is cut into blocks, among others it is one document; nearly all of its bytes are trained on."""
+    line = ("".join(stories(0, 9000)).replace("\n", " ") * 400)[:200_000_000]
+    benchmark, counts = prepare_text(tmp_path, {"line.txt": line, **company})
+    packed = sum(int(benchmark.token_bytes()[rows].sum()) for rows in np.array_split(benchmark.rows("train"), 50))
+    total = len(line) + sum(map(len, company.values()))
+    assert len(line) == 200_000_000 and 0.99 * total < packed <= total
+    assert counts["documents"] == 13 if company else counts["documents"] > 1000
+
+
+def test_the_tokenizer_never_sees_scored_text(home, tmp_path, monkeypatch):
+    """Long groups of long words: the first guess at how much text validation needs is too small."""
+    letters = [[chr(97 + i % 26) for i in range(start, start + 400)] for start in range(300)]
+    files = {f"{i}.txt": " ".join(f"internationalization{x}" for x in word) for i, word in enumerate(letters)}
+    trained_on = []
+    train = prepare.Tokenizer.train.__func__
+
+    def spy(cls, batches, vocab_size):
+        batches = list(batches)
+        trained_on.append({text for batch in batches for text in batch})
+        return train(cls, batches, vocab_size)
+
+    monkeypatch.setattr(prepare.Tokenizer, "train", classmethod(spy))
+    benchmark, _ = prepare_text(tmp_path, files, "--val-rows", "60")
+    tokenizer = prepare.Tokenizer.load(benchmark.path)
+    assert len(trained_on) > 1
+    sources = list(prepare.local_batches(prepare.find_text([str(tmp_path / "text")]), prepare.Counter()))
+    scored = sum(len(tokenizer.encode(text)) + 1 for batch in sources for text in batch if text not in trained_on[-1])
+    assert scored >= (60 + 3) * 33  # all that was scored was set aside
 
 
 # --------------------------------------
-# climbmix and tinystories, from a server on this machine
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves files like the hub; `faults` maps a file name to the status codes of its next answers."""
-
-    faults = {}
-    requests = []
-
-    def do_GET(self):
-        name = self.path.rsplit("/", 1)[-1]
-        self.requests.append((name, self.headers.get("Range")))
-        fault = self.faults.get(name, []) and self.faults[name].pop(0)
-        if isinstance(fault, int) and fault:
-            return self.send_error(fault)
-        try:
-            content = (self.folder / name).read_bytes()
-        except FileNotFoundError:
-            return self.send_error(404)
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        end = len(content) // 2 if fault == "cut" else len(content)
-        self.wfile.write(content[start:end])
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path, home, monkeypatch):
-    """A stand-in for huggingface.co: a folder of files."""
-    handler = type("Handler", (Server,), {"folder": tmp_path / "hub", "faults": {}, "requests": []})
-    handler.folder.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(prepare, "RETRY_SECONDS", 0.01)
-    yield handler
-    server.shutdown()
-
-
-def write_shards(hub, count):
-    for shard in range(count):
-        write_parquet(hub.folder / f"shard_{shard:05}.parquet", stories(1000 * shard, 900))
-    write_parquet(hub.folder / f"shard_{prepare.VALIDATION_SHARD:05}.parquet", stories(90_000, 900))
+# climbmix and tinystories
 
 
 def test_climbmix(hub):
-    write_shards(hub, 3)
-    prepare.main(["--dataset", "climbmix", "--num-shards", "3", *TINY])
+    for shard in (1, 2):
+        write_parquet(hub.folder / f"shard_{shard:05}.parquet", stories(1000 * shard, 900))
+    first = 10 * prepare.VALIDATION_SHARD
+    prepare.main([*ONE_SHARD, "--num-shards", "3"])
     benchmark = prepare.load_benchmark()
     tokenizer = prepare.Tokenizer.load(benchmark.path)
-    groups = [stories(90_000, 900)[i : i + 200] for i in range(0, 900, 200)]
+    groups = [stories(first, 900)[i : i + 200] for i in range(0, 900, 200)]
     held_out = [[tokenizer.encode(t) for t in g[i : i + 128]] for g in groups for i in range(0, len(g), 128)]
     expected = list(prepare.itertools.islice(prepare.pack(held_out, 33, tokenizer.bos_id, split=False), 9))
     assert np.array_equal(benchmark.rows("val"), expected[:6])
     assert np.array_equal(benchmark.rows("holdout"), expected[6:])  # the same stream goes on
-    assert max(story_numbers(benchmark, "train")) < 90_000
-    asked = len(hub.requests)
-    prepare.main(["--dataset", "climbmix", "--num-shards", "3", *TINY, "--vocab-size", "280"])
-    assert len(hub.requests) == asked == 4  # every file was fetched once
+    assert max(story_numbers(benchmark, "train")) < first
+    asked = len(hub.seen)
+    prepare.main([*ONE_SHARD, "--num-shards", "3", "--vocab-size", "280"])
+    assert len(hub.seen) == asked == 4  # every file was fetched once
 
 
 def test_tinystories(hub):
     write_parquet(hub.folder / prepare.TINYSTORIES_FILE, stories(0, 3000))
     prepare.main(["--dataset", "tinystories", *TINY])
-    benchmark = prepare.load_benchmark()
-    val, holdout, train = (story_numbers(benchmark, split) for split in ("val", "holdout", "train"))
+    val, holdout, train = (story_numbers(prepare.load_benchmark(), split) for split in ("val", "holdout", "train"))
     assert max(val) < min(holdout) and max(holdout) < min(train) and max(train) == 2999
 
 
-def test_download_recovers(hub, capsys):
-    write_shards(hub, 2)
-    hub.faults |= {"shard_00000.parquet": [503, "cut", 429], "shard_00001.parquet": ["cut", "cut"]}
-    prepare.main(["--dataset", "climbmix", "--num-shards", "2", *TINY])
-    assert any(name == "shard_00000.parquet" and byte_range for name, byte_range in hub.requests)  # it resumed
-    folder = prepare.HOME / "downloads" / "climbmix"
-    assert snapshot(folder) == snapshot(hub.folder)
+# Faults: what a server may answer
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [("missing", "HTTP 404"), ("html", "not a parquet file"), ("down", "HTTP 500"), ("column", "column `text`")],
-)
-def test_download_fails_with_a_name(hub, fault, message):
-    write_shards(hub, 2)
-    victim = hub.folder / "shard_00001.parquet"
-    if fault == "missing":
-        victim.unlink()
-    elif fault == "html":
-        victim.write_text("<html>Sorry</html>")
-    elif fault == "column":
-        pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), victim)
-    else:
-        hub.faults[victim.name] = [500] * 99
-    with pytest.raises(SystemExit) as stop:
-        prepare.main(["--dataset", "climbmix", "--num-shards", "2", *TINY])
-    assert message in str(stop.value) and "shard_00001" in str(stop.value)
+def status(code, **headers):
+    def fault(handler, content):
+        handler.send_response(code)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+
+    return fault
+
+
+def slow_first_byte(handler, content):
+    time.sleep(1.5)
+
+
+def stall(handler, content):
+    handler.answer(content, end=len(content) // 2)
+    time.sleep(1.5)
+
+
+def reset(handler, content):
+    handler.answer(content, end=len(content) // 2)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def shorter(handler, content):
+    handler.answer(content, end=len(content) - 100)
+
+
+def longer(handler, content):
+    handler.answer(content + b"x" * 100)
+
+
+def not_parquet(handler, content):
+    handler.answer(b"x" * len(content))
+
+
+def html(handler, content):
+    handler.answer(b"<html>Please log in</html>", Content_Type="text/html")
+
+
+def without_ranges(handler, content):
+    handler.answer(content, resume=False)
+
+
+def etag(content):
+    return f'"{hashlib.sha256(content).hexdigest()}"'
+
+
+def flipped(handler, content):
+    handler.answer(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:], X_Linked_ETag=etag(content))
+
+
+def redirect(handler, content):
+    """As Hugging Face does: the hash comes with the redirection."""
+    status(302, Location="/elsewhere/shard_00000.parquet", X_Linked_ETag=etag(content))(handler, content)
+
+
+def another_column(handler, content):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), sink)
+    handler.answer(sink.getvalue().to_pybytes())
+
+
+RECOVERS = {
+    "429": [status(429, Retry_After="1")],
+    "slow first byte": [slow_first_byte],
+    "shorter": [shorter],
+    "longer": [longer],
+    "not parquet once": [not_parquet],
+    "redirect": [redirect],
+    "no ranges": [shorter, without_ranges],
+    "flipped bit": [flipped],
+    "all kinds": [reset, stall, status(503)],
+}
+
+
+@pytest.mark.parametrize("fault", RECOVERS)
+def test_a_download_recovers(hub, fault):
+    hub.faults += RECOVERS[fault]
+    prepare.main(ONE_SHARD)
+    assert snapshot(prepare.HOME / "downloads" / "climbmix") == snapshot(hub.folder)
+    asked = [(moment, part) for name, moment, part in hub.seen if name == "shard_00000.parquet"]
+    assert len(asked) == len(RECOVERS[fault]) + (fault != "no ranges")
+    if fault in ("shorter", "no ranges", "all kinds"):
+        assert asked[1][1], "the second request goes on where the first ended"
+    if fault == "429":
+        assert asked[1][0] - asked[0][0] >= 1
+
+
+FAILS = {
+    "HTTP 403": status(403),
+    "HTTP 404": status(404),
+    "HTTP 500": status(500),
+    "not a parquet file": html,
+    "column `text`": another_column,
+    "sha256": flipped,
+    "timed out": slow_first_byte,
+}
+
+
+@pytest.mark.parametrize("message", FAILS)
+def test_a_download_fails_by_name(hub, message):
+    hub.faults += [FAILS[message]] * 9
+    with pytest.raises(SystemExit, match=message) as stop:
+        prepare.main(ONE_SHARD)
+    assert "shard_00000.parquet" in str(stop.value) and len(str(stop.value).splitlines()) == 1
     assert not (prepare.HOME / "current").exists() and not list(prepare.HOME.glob("climbmix*"))
-    assert not (prepare.HOME / "downloads" / "climbmix" / victim.name).exists()
+    assert not (prepare.HOME / "downloads" / "climbmix" / "shard_00000.parquet").exists()
+
+
+@pytest.mark.parametrize("host", ["http://127.0.0.1:9", "http://no-such-host.invalid", "not a URL"])
+def test_an_unreachable_host(home, monkeypatch, host):
+    monkeypatch.setenv("HF_ENDPOINT", host)
+    monkeypatch.setattr(prepare, "RETRY_SECONDS", 0.01)
+    with pytest.raises(SystemExit, match="could not download .*shard_.*HF_ENDPOINT"):
+        prepare.main(ONE_SHARD)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_download_goes_on(hub, home, kind):
+    """The first answer stalls in mid-file; there the process is stopped, and ends before the stall does."""
+    stalled = threading.Event()
+    hub.faults.append(lambda handler, content: (handler.answer(content, end=20_000), stalled.wait(60)))
+    process = start("prepare.py", *ONE_SHARD)
+    part = home / "downloads" / "climbmix" / "shard_00000.parquet.part"
+    for _ in range(300):
+        if part.exists() and part.stat().st_size >= 16_000:
+            break
+        time.sleep(0.1)
+    process.send_signal(kind)
+    output, errors = process.communicate(timeout=50)
+    assert process.returncode != 0 and not stalled.is_set() and not (home / "current").exists()
+    if kind == signal.SIGINT:
+        assert (process.returncode, errors) == (130, "") and "run this again" in output
+    stalled.set()
+    prepare.main(ONE_SHARD)
+    assert snapshot(home / "downloads" / "climbmix") == snapshot(hub.folder) and every_byte()
 
 
 # --------------------------------------
-# bad input: one line, a non-zero exit code, nothing that a later run would take for whole
+# Bad input: one line, a non-zero exit code, nothing that a later run would take for whole
 
 
 @pytest.mark.parametrize(
@@ -229,6 +348,10 @@ def test_bad_arguments(arguments, capsys):
     assert stop.value.code == 2 and len(lines) == 1 and arguments[-2 if len(arguments) == 2 else 0][2:] in lines[0]
 
 
+BROKEN_LINES = ["{", '"text"', '{"words": "x"}', '{"text": 7}', '{"text": null}']
+RECORDS = "".join(json.dumps({"text": story}) + "\n" for story in stories(0, 200))
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
@@ -237,108 +360,24 @@ def test_bad_arguments(arguments, capsys):
         ({"a.txt": "short"}, [], "too small"),
         ({"a.txt": "abc " * 60_000}, ["--vocab-size", "5000"], "supports .* at most"),
         ({"a.txt": "".join(stories(0, 900))}, ["--val-rows", "9000"], "too small"),
+        *(
+            ({"a.jsonl": RECORDS + line}, [], "a.jsonl:201: not a JSON object with a string `t")
+            for line in BROKEN_LINES
+        ),
     ],
 )
 def test_bad_text(home, tmp_path, text, arguments, message):
-    folder = tmp_path / "text"
     if text is not None:
-        folder.mkdir()
-        for name, content in text.items():
-            (folder / name).write_text(content)
+        (tmp_path / "text").mkdir()
     with pytest.raises(SystemExit, match=message) as stop:
-        prepare.main(["--text", str(folder), *TINY, *arguments])
+        prepare_text(tmp_path, text or {}, *arguments)
     assert len(str(stop.value).splitlines()) == 1
     assert not (home / "current").exists() and not list(home.glob("*/benchmark.json"))
 
 
 def test_no_benchmark(tmp_path):
-    for script in ("train.py",):
-        result = run(script, AUTORESEARCH_HOME=str(tmp_path))
-        assert result.returncode == 1
-        assert result.stderr.strip() == 'no benchmark prepared: run "uv run prepare.py" first'
-
-
-def test_unreachable_host(tmp_path):
-    result = run(
-        "prepare.py", "--dataset", "climbmix", AUTORESEARCH_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9"
-    )
-    assert result.returncode == 1 and "HF_ENDPOINT" in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "current").exists()
-
-
-def test_unusable_home(tmp_path):
-    (tmp_path / "file").write_text("")
-    result = run("prepare.py", *TINY, AUTORESEARCH_HOME=str(tmp_path / "file" / "home"))
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "edited", "json", "folder"])
-def test_damage_is_found_and_fixed(home, tmp_path, damage):
-    (tmp_path / "a.txt").write_text("".join(stories(0, 4000)))
-    arguments = ["--text", str(tmp_path / "a.txt"), *TINY]
-    prepare.main(arguments)
-    path = prepare.load_benchmark().path
-    before = snapshot(path)
-    if damage == "missing":
-        (path / "train.npy").unlink()
-    elif damage == "truncated":
-        (path / "val.npy").write_bytes(before["val.npy"][:-2])
-    elif damage == "flipped":
-        (path / "holdout.npy").write_bytes(before["holdout.npy"][:-1] + bytes([before["holdout.npy"][-1] ^ 1]))
-    elif damage == "edited":
-        (path / "benchmark.json").write_bytes(
-            before["benchmark.json"].replace(b'"time_budget": 1.0', b'"time_budget": 9.0')
-        )
-    elif damage == "json":
-        (path / "benchmark.json").write_bytes(before["benchmark.json"][:50])
-    else:
-        (path / "benchmark.json").unlink()
-    with pytest.raises(SystemExit, match="prepare.py") as stop:
-        prepare.load_benchmark()
-    assert len(str(stop.value).splitlines()) == 1
-    assert damage in ("json", "folder") or prepare.shlex.join(arguments) in str(stop.value)
-    prepare.main(arguments)
-    after = snapshot(prepare.load_benchmark().path)
-    assert {name: after[name] for name in before if name != "benchmark.json"} == {
-        name: before[name] for name in before if name != "benchmark.json"
-    }
-
-
-def test_a_flipped_training_row_is_fixed_too(home, tmp_path):
-    (tmp_path / "a.txt").write_text("".join(stories(0, 4000)))
-    for _ in range(2):
-        prepare.main(["--text", str(tmp_path / "a.txt"), *TINY])
-        rows = prepare.load_benchmark().path / "train.npy"
-        content = rows.read_bytes()
-        rows.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    prepare.main(["--text", str(tmp_path / "a.txt"), *TINY])
-    assert rows.read_bytes() == content
-
-
-def test_the_tokenizer_never_sees_scored_text(home, tmp_path, monkeypatch):
-    """Long groups of long words: the first guess at how much text validation needs is too small."""
-    words = [
-        " ".join(f"internationalization{chr(97 + i % 26)}" for i in range(start, start + 400)) for start in range(300)
-    ]
-    for i, text in enumerate(words):
-        (tmp_path / "text").mkdir(exist_ok=True)
-        (tmp_path / "text" / f"{i}.txt").write_text(text)
-    trained_on = []
-    train = prepare.Tokenizer.train.__func__
-
-    def spy(cls, batches, vocab_size):
-        batches = list(batches)
-        trained_on.append({text for batch in batches for text in batch})
-        return train(cls, batches, vocab_size)
-
-    monkeypatch.setattr(prepare.Tokenizer, "train", classmethod(spy))
-    prepare.main(["--text", str(tmp_path / "text"), *TINY, "--val-rows", "60"])
-    benchmark = prepare.load_benchmark()
-    tokenizer = prepare.Tokenizer.load(benchmark.path)
-    assert len(trained_on) > 1
-    sources = list(prepare.local_batches(prepare.find_text([str(tmp_path / "text")]), prepare.Counter()))
-    scored = sum(len(tokenizer.encode(text)) + 1 for batch in sources for text in batch if text not in trained_on[-1])
-    assert scored >= (60 + 3) * 33  # all that was scored was set aside
+    result = run("train.py", AUTORESEARCH_HOME=str(tmp_path))
+    assert (result.returncode, result.stderr) == (1, 'no benchmark prepared: run "uv run prepare.py" first\n')
 
 
 def test_seed_must_be_a_number(benchmark, monkeypatch):
@@ -347,3 +386,70 @@ def test_seed_must_be_a_number(benchmark, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_SEED", "lucky")
     with pytest.raises(SystemExit, match="AUTORESEARCH_SEED"):
         prepare.load_benchmark()
+
+
+# --------------------------------------
+# Damage
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "edited"])
+def test_damage_is_found_and_fixed(home, book, damage):
+    """In any file; only a training row that was flipped is left to the command that prepares."""
+    prepare.main(book)
+    path = prepare.load_benchmark().path
+    whole = snapshot(path)
+    easier = whole["benchmark.json"].replace(b'"time_budget": 1.0', b'"time_budget": 9.0')
+    for name in ("benchmark.json",) if damage == "edited" else whole:
+        content = whole[name]
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        if damage == "missing":
+            (path / name).unlink()
+        else:
+            (path / name).write_bytes({"truncated": content[:-2], "flipped": flipped, "edited": easier}[damage])
+        if (name, damage) != ("train.npy", "flipped"):
+            words = f"{name} is missing or modified; run .*prepare.py.*fixes it|no benchmark prepared"
+            with pytest.raises(SystemExit, match=words) as stop:
+                prepare.load_benchmark()
+            assert name == "benchmark.json" or prepare.shlex.join(book) in str(stop.value)
+        if name in ("benchmark.json", "train.npy"):
+            prepare.main(book)
+            after = snapshot(prepare.load_benchmark().path)
+            assert after.pop("benchmark.json") and after.items() <= whole.items()
+        (path / name).write_bytes(content)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+@pytest.mark.parametrize("weapon", ["pickle", "object array", "path", "current"])
+def test_a_hostile_benchmark_executes_nothing(own, tmp_path, monkeypatch, weapon):
+    """Its hashes and its id are right: only what it holds is not."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.move(own.path, prepare.HOME / "hostile")
+    record = json.loads((folder / "benchmark.json").read_text())
+    if weapon == "pickle":
+        (folder / "train.npy").write_bytes(pickle.dumps(Bomb()))
+    elif weapon == "object array":
+        np.save(folder / "val.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    elif weapon == "path":
+        (prepare.HOME / "secret.npy").write_bytes(b"x")
+        record["files"]["../secret.npy"] = {}
+    for name, file in record["files"].items():
+        file["bytes"], file["sha256"] = (folder / name).stat().st_size, prepare.sha256(folder / name)
+    record["id"] = prepare.benchmark_id(record)
+    (folder / "benchmark.json").write_text(json.dumps(record))
+    folder.rename((tmp_path if weapon == "current" else prepare.HOME) / record["id"])
+    (prepare.HOME / "current").write_text("../" * (weapon == "current") + record["id"])
+    with pytest.raises(SystemExit):
+        prepare.load_benchmark()
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_hostile_weights_execute_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "best.pt", weights_only=True)
+    assert not (tmp_path / "exploded").exists()

@@ -10,13 +10,9 @@ import signal
 import time
 
 import pytest
-from conftest import Agent, new_repository, shell_blocks
+from conftest import PROGRAM, UNHURRIED, WEAK, WEAKER, Agent, new_repository
 
 import prepare
-
-LINES = shell_blocks("program.md", ["look", "branch", "commit", "run", "row", "reset", "where"])
-WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
-UNHURRIED = (r"^    while clock\.elapsed", "    while 2 * clock.elapsed")  # a busy machine is no failure
 
 
 class Researcher(Agent):
@@ -56,8 +52,8 @@ def agent(prepared, tmp_path, environment):
     """A researcher in a fresh repository, with runs of 3 seconds and a train.py that leaves room for a gain."""
     (prepare.HOME / "current").write_text(prepared)
     (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
-    agent = Researcher(new_repository(tmp_path / "clone", environment), environment, LINES)
-    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK], UNHURRIED)
+    agent = Researcher(new_repository(tmp_path / "clone", environment), environment, PROGRAM)
+    agent.edit(*WEAKER, *UNHURRIED)
     agent.git("commit", "-qam", "weak")
     return agent
 
@@ -98,7 +94,7 @@ def test_a_night(agent):
         time.sleep(0.1)
     shell.kill()
     shell.wait()
-    resumed = Researcher(agent.folder, agent.environment, LINES)
+    resumed = Researcher(agent.folder, agent.environment, PROGRAM)
     assert "next: run it with seed 1" in resumed.sh("where")
     resumed.sh("run", seed=1, limit=60)
     log = (agent.folder / "run.log").read_text()
@@ -126,7 +122,7 @@ def test_a_night(agent):
 def test_a_run_that_ended_while_nobody_watched_is_not_repeated(agent):
     agent.sh("branch", tag="test")
     agent.sh("run", seed=1, limit=60)
-    where = Researcher(agent.folder, agent.environment, LINES).sh("where")
+    where = Researcher(agent.folder, agent.environment, PROGRAM).sh("where")
     score = re.search(r"^val_bpb: +(\S+)", (agent.folder / "run.log").read_text(), re.M)[1]
     assert re.search(rf"^next: write the row: {agent.head()} {score} \S+ keep$", where, re.M)
 

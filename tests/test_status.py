@@ -9,13 +9,11 @@ import subprocess
 from statistics import mean, stdev
 
 import pytest
-from conftest import ROOT
+from conftest import HEADER, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
-
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 
 @given(runs=st.lists(st.tuples(st.sampled_from("abcde"), st.floats(0.5, 2)), max_size=30))
@@ -64,16 +62,14 @@ def test_sparkline():
 
 
 @pytest.fixture
-def night(benchmark, home, tmp_path, monkeypatch, capsys):
+def night(own, tmp_path, monkeypatch, capsys):
     """A repository with a ledger and a journal, to which runs are added; `status()` is what the command prints."""
-    shutil.copytree(benchmark.path, home / benchmark.id, ignore=lambda *_: ["journal.jsonl", "best.pt"])
-    (home / "current").write_text(benchmark.id)
     folder = tmp_path / "clone"
     folder.mkdir()
     shutil.copy(ROOT / "prepare.py", folder)
     monkeypatch.setattr(prepare, "__file__", str(folder / "prepare.py"))
     monkeypatch.chdir(folder)
-    journal = home / benchmark.id / "journal.jsonl"
+    journal = own.path / "journal.jsonl"
 
     class Night:
         def git(self, *words):
@@ -127,8 +123,8 @@ def test_a_night(night):
     assert next_of(night.status()).startswith("run it with seed 1; if it has crashed write the row: ")
     night.run(0.980)
     text = night.status()
-    assert "  0.980000 seed 1, gain 0.020000, no row yet\n" in text
-    assert next_of(text) == f"write the row: {idea} 0.980000 2.0 discard"
+    assert "  0.980000 seed 1, 0 tokens, gain 0.020000, no row yet\n" in text
+    assert next_of(text) == f"write the row: {idea} 0.980000 2.0 discard (promising)"
     night.row(0.980, "discard")
     text = night.status()
     assert "no row" not in text and next_of(text) == "promising, run it with seed 2"
@@ -170,7 +166,7 @@ def test_disturbed_runs_do_not_count_and_end(night):
     for number, signs in enumerate(({"slow_steps_percent": 30.0}, {"tokens": 100}, {"tokens": 490}), 1):
         night.run(1.1 + number, 3, **{"tokens": 1000, **signs})  # the load was steady: no step was slower than others
         text = night.status()
-        assert f"  {1.1 + number:.6f} seed 3, does not count\n" in text
+        assert f"  {1.1 + number:.6f} seed 3, {signs.get('tokens', 1000):,} tokens, does not count\n" in text
         if number < 3:
             assert next_of(text) == "disturbed, is the machine idle? Run it again with seed 3"
     assert next_of(text) == f"disturbed three times, give it up: write the row: {start} 0.000000 0.0 crash"

@@ -22,17 +22,15 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import SMALL, TEXT, Agent, new_repository, shell_blocks
-from test_program import LINES as PROGRAM
-from test_program import UNHURRIED, WEAK
+from conftest import PROGRAM, SMALL, TEXT, UNHURRIED, WEAK, WEAKER, Agent, new_repository, shell_blocks
 
 import prepare
 
 pytestmark = pytest.mark.cluster
-WAVE = ["cluster", "worktree", "try", "submit", "collect", "compare", "rows", "keep", "clean", "missing"]
-HUB = ["join", "exchange", "frontier", "on top", "word", "latest", "say", "adopt"]
-LINES = {**PROGRAM, **shell_blocks("program_swarm.md", WAVE + HUB)}
-EXAM = "local-T64-V512-3s-00000000"
+WAVE = ["cluster", "worktree", "try", "submit", "collect", "rows", "keep"]
+HUB = ["join", "exchange", "look", "say", "adopt"]
+LINES = PROGRAM | shell_blocks("program_swarm.md", WAVE + HUB)
+COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description")
 
 # --------------------------------------
 # A wave
@@ -90,7 +88,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     """Four experiments, two at a time: the baseline, a gain, a crash, and one that loses its node and runs again."""
     second, second_home = cluster
     agent = Agent(new_repository(tmp_path / "clone", environment), environment, LINES)
-    agent.edit(*[(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK], UNHURRIED)
+    agent.edit(*WEAKER, *UNHURRIED)
     agent.git("commit", "-qam", "weak")
     agent.sh("cluster")
     agent.sh("branch", tag="wave")
@@ -107,13 +105,14 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
         agent.edit(*edits, file=f"wave/{name}/train.py")
         agent.sh("try", name=name, idea=f"the {name} one", prediction="0")
         tried[name] = agent.git("-C", f"wave/{name}", "rev-parse", "--short=7", "HEAD").strip()
-    assert sorted(line.split()[0] for line in agent.sh("missing").splitlines()) == sorted(tried[name] for name in ideas)
     with_arguments = {"tag": "wave", "limit": 60, "arguments": shlex.join(["--text", *TEXT, *SMALL])}
     slot = "--entrypoint-num-cpus 1"
     second_only = slot + """ --entrypoint-resources '{"second": 1}'"""
     agent.sh("submit", runs="slow:1", slot=second_only, **with_arguments)
     submitted = agent.sh("submit", runs="base:1 good:1 slip:1", slot=slot, **with_arguments)
     assert submitted == "".join(f"wave-{tried[name]}-1 submitted\n" for name in ("base", "good", "slip"))
+    untried = re.findall(r"^no row yet:  (\w+)", agent.sh("where"), re.M)
+    assert sorted(untried) == sorted(tried.values())
 
     def jobs():
         with urllib.request.urlopen(environment["RAY_API_SERVER_ADDRESS"] + "/api/jobs/") as answer:
@@ -149,21 +148,21 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     assert "wave-" not in agent.sh("collect", tag="wave")
     assert "SyntaxError" in (agent.folder / "wave" / f"wave-{tried['slip']}-1.log").read_text()
 
-    compared = re.findall(r"^(\w{7})  seed 1 ([+-][\d.]+) \((\d+) steps\)$", agent.sh("compare", tag="wave"), re.M)
-    gains = {commit: float(gain) for commit, gain, _ in compared}
-    for status, which in (("keep", tried["base"]), ("keep", tried["good"]), ("discard", "*"), ("discard", "*")):
-        agent.sh("rows", tag="wave", hash=which, status=status)
+    compared = re.findall(r"^wave: +(\w{7}) gains (\S+) in 1 runs: ", agent.sh("where"), re.M)
+    gains = {commit: float(gain) for commit, gain in compared}
+    agent.sh("rows")
+    agent.sh("rows")  # once more adds nothing
     rows = {row[0]: row for row in agent.rows()[1:]}
     assert len(rows) == len(agent.rows()) - 1 == 4
     assert {name: rows[commit][3] for name, commit in tried.items()} == {
         "base": "keep",
-        "good": "keep",
+        "good": "discard",  # for now: it is a first run
         "slip": "crash",
         "slow": "discard",
     }
     device = prepare.device_name(torch.device("cpu"))
-    assert re.fullmatch(rf"baseline, \d+ steps \[wave-{start}-1 on {device}\]", rows[start][4])
-    assert re.fullmatch(rf"the slow one; expect 0, \d+ steps \[{slow}-3 on {device}\]", rows[tried["slow"]][4])
+    assert re.fullmatch(rf"baseline, seed 1, \d+ steps \[wave-{start}-1 on {device}\]", rows[start][4])
+    assert re.fullmatch(rf"the slow one; expect 0, seed 1, \d+ steps \[{slow}-3 on {device}\]", rows[tried["slow"]][4])
     assert rows[tried["slip"]][1:3] == ["0.000000", "0.0"] and rows[tried["slip"]][4].endswith("-1 on unknown]")
     scores = {name: float(rows[commit][1]) for name, commit in tried.items()}
     assert gains == pytest.approx(
@@ -178,35 +177,50 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
 
     agent.sh("keep", hash=tried["good"])
     for name in tried:
-        agent.sh("clean", name=name)
-    assert agent.head() == tried["good"] and agent.sh("missing") == ""
+        agent.git("worktree", "remove", "--force", f"wave/{name}")
+    assert agent.head() == tried["good"] and "no row yet:" not in agent.sh("where")
     assert agent.git("status", "--porcelain") == "" and len(agent.git("worktree", "list").splitlines()) == 1
 
 
-def test_gains_of_a_wave(tmp_path, environment):
-    """Seed by seed against the last keep, on the same device and benchmark only; later attempts count as their seed."""
-    agent = Agent(new_repository(tmp_path / "clone", environment), environment, LINES)
+def test_gains_of_a_wave(own, tmp_path, environment):
+    """Against the last keep, of runs on its device and benchmark only; the runs after the first decide."""
+    agent = Agent(
+        new_repository(tmp_path / "clone", environment), environment | {"AUTORESEARCH_HOME": prepare.HOME}, LINES
+    )
     (agent.folder / "wave").mkdir()
+    agent.sh("branch", tag="my-night")
     kept = agent.head()
 
-    def log(run, score, device="H100", exam=EXAM):
-        summary = f"benchmark: x\nval_bpb: {score}\nnum_steps: 90\ndevice: {device}\nbenchmark: {exam}\n"
+    def log(run, score, device="H100", benchmark=own.id):
+        summary = f"val_bpb: {score}\nnum_steps: 90\npeak_vram_mb: 2048\ndevice: {device}\nbenchmark: {benchmark}\n"
         (agent.folder / "wave" / f"my-night-{run}.log").write_text(summary if score else "benchmark: x\nTraceback\n")
 
-    for run, score in {f"{kept}-1": 1.0, f"{kept}-2": 1.1, f"{kept}-3": 1.2, "aaaaaaa-1": 0.7}.items():
+    log("aaaaaaa-1", 0.7)
+    assert f"wave:        {kept}, the baseline, has no score yet\n" in agent.sh("where")
+    for run, score in {f"{kept}-1": 1.0, f"{kept}-2": 1.1, f"{kept}-3": 1.2, "aaaaaaa-2-2": 1.0}.items():
         log(run, score)
-    for run, score in {"aaaaaaa-2-2": 1.05, "aaaaaaa-3": 1.11, "bbbbbbb-1": None, "bbbbbbb-2": 1.3}.items():
+    for run, score in {"aaaaaaa-3": 1.02, "bbbbbbb-1": None, "bbbbbbb-2": 1.3, "eeeeeee-1": 0.9}.items():
         log(run, score)
     log("ccccccc-1", 0.1, device="A100")
-    log("ddddddd-1", 0.1, exam="another")
-    floor, *lines = sorted(agent.sh("compare", tag="my-night").splitlines(), reverse=True)
-    spread = [x - mean(runs) for runs in ((1.0, 1.1, 1.2), (0.7, 1.05, 1.11)) for x in runs]
-    assert floor == f"noise floor {2 * (sum(x * x for x in spread) / 4) ** 0.5:.6f}"
-    found = {line[:7]: line[7:] for line in lines}
-    assert set(found) == {kept, "aaaaaaa", "bbbbbbb"}
-    assert found["bbbbbbb"] == "  seed 2 -0.200000 (90 steps)  mean without seed 1 -0.200000"
-    for part in ("seed 1 +0.300000", "seed 2 +0.050000", "seed 3 +0.090000", "mean without seed 1 +0.070000"):
-        assert part in found["aaaaaaa"]
+    log("ddddddd-1", 0.1, benchmark="another")
+    runs = {kept: [1.0, 1.1, 1.2], "aaaaaaa": [0.7, 1.0, 1.02], "bbbbbbb": [1.3], "eeeeeee": [0.9]}
+    spread = [x - mean(runs[commit]) for commit in (kept, "aaaaaaa") for x in runs[commit]]
+    floor = 2 * (sum(x * x for x in spread) / 4) ** 0.5
+    text = agent.sh("where")
+    assert re.findall(r"^wave: +(\w{7}) gains (\S+) in (\d) runs: (.*)", text, re.M) == [
+        (kept, "0.000000", "3", "keep"),
+        ("eeeeeee", "0.200000", "1", "promising, submit seeds 2 and 3"),
+        ("aaaaaaa", "0.090000", "3", "keep" if 0.09 > floor / 2 else "discard"),
+        ("bbbbbbb", "-0.200000", "1", "discard"),
+    ]
+    assert "my-night-ccccccc-1 ran on A100, not on H100: does not compare" in text
+    agent.sh("rows")
+    assert [row[:4] for row in agent.rows()[1:4]] == [[kept, f"{x:.6f}", "2.0", "keep"] for x in runs[kept]]
+    assert {row[0]: row[1:4] for row in agent.rows()[4:] if row[3] == "crash"} == {
+        "bbbbbbb": ["0.000000", "0.0", "crash"],
+        "ddddddd": ["0.000000", "0.0", "crash"],
+    }
+    assert len(agent.rows()) == 1 + 3 + 3 + 2 + 1 + 1 and "row\t" not in agent.sh("where")
 
 
 # --------------------------------------
@@ -241,12 +255,9 @@ class Scripted(Agent):
 
 
 @pytest.fixture
-def hub(tmp_path, environment):
+def hub(own, tmp_path, environment):
     """A bare repository with a main branch; call it to get a new agent with a clone."""
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "current").write_text(EXAM)
-    environment = environment | {"AUTORESEARCH_HOME": str(home)}
+    environment = environment | {"AUTORESEARCH_HOME": str(prepare.HOME)}
     bare = tmp_path / "hub.git"
     seed = new_repository(tmp_path / "main", environment)
     subprocess.run(["git", "commit", "-q", "--allow-empty", "-m", "second"], cwd=seed, env=environment, check=True)
@@ -259,27 +270,31 @@ def hub(tmp_path, environment):
         agent.git("config", "autoresearch.device", device.replace(" ", "_"))
         return agent
 
+    join.benchmark = own.id
     join.git = lambda *words: subprocess.check_output(["git", *words], cwd=bare, text=True).strip()
     return join
 
 
 def published(hub):
-    """Every line of the notes `results` in the hub, as a dict of its keys."""
-    lines = filter(None, hub.git("grep", "-h", "", "refs/notes/results").splitlines())
-    parts = (line.partition(" description=") for line in lines)
-    results = [dict(word.split("=", 1) for word in keys.split()) | {"description": rest} for keys, _, rest in parts]
+    """Every result in the notes of the hub, as a dict of its keys and of the columns of its row."""
+    lines = [line.split("\t") for line in hub.git("grep", "-h", "", "refs/notes/results").splitlines() if "\t" in line]
+    results = [dict(word.split("=", 1) for word in keys.split()) | dict(zip(COLUMNS, row)) for keys, *row in lines]
     return sorted(results, key=lambda result: (result["agent"], int(result["row"])))
 
 
-def frontier(results, device):
-    """What the block `frontier` shall print, by brute force: (mean, runs, commit)."""
+def frontier(results, benchmark, device):
+    """What the status shall show of the hub, by brute force: (mean, runs, commit)."""
     scores = {}
     for result in results:
-        if (result["benchmark"], result["device"]) == (EXAM, device) and float(result["val_bpb"]):
+        if (result["benchmark"], result["device"]) == (benchmark, device) and float(result["val_bpb"]):
             scores.setdefault(result["commit"], []).append(float(result["val_bpb"]))
     kept = {r["commit"] for r in results if r["status"] == "keep"} & set(scores)
     best = sorted((sum(scores[c]) / len(scores[c]), len(scores[c]), c) for c in kept)
     return [(f"{mean:.6f}", str(runs), commit) for mean, runs, commit in best[:5]]
+
+
+def shown(agent):
+    return re.findall(r"^hub: +(\S+) in (\d+) runs, (\w{7}), ", agent.sh("where"), re.M)
 
 
 def test_three_agents_share_a_hub(hub):
@@ -312,7 +327,7 @@ def test_three_agents_share_a_hub(hub):
     for agent in agents:
         mine = {int(result["row"]): result for result in results if result["agent"] == f"test/{agent.name}"}
         for number, row in enumerate(agent.rows()[1:], 1):
-            assert [mine[number][k] for k in ("commit", "val_bpb", "memory_gb", "status", "description")] == row
+            assert [mine[number][name] for name in COLUMNS] == row
             assert mine[number]["device"] == agent.device.replace(" ", "_")
         pushed = hub.git("rev-parse", "--short=7", f"autoresearch/test/{agent.name}")
         assert pushed == agent.best == agent.head()
@@ -321,16 +336,17 @@ def test_three_agents_share_a_hub(hub):
 
     # what the agents see of it
     for agent in agents:
-        shown = [tuple(line.split()[:3]) for line in agent.sh("frontier").splitlines()]
-        assert shown == frontier(results, agent.device.replace(" ", "_")) and len(shown) == 5
+        assert (
+            shown(agent) == frontier(results, hub.benchmark, agent.device.replace(" ", "_")) and len(shown(agent)) == 5
+        )
     ada, bob, _ = agents
-    on_top = ada.sh("on top", hash=bob.best).splitlines()
-    assert len(on_top) == sum(result["parent"] == bob.best for result in results) > 0
-    assert len(ada.sh("word", word="IDEA 7 of").splitlines()) == 3
-    latest = ada.sh("latest").splitlines()
+    on_top = ada.sh("look", word=f"parent={bob.best}").splitlines()
+    assert len(on_top) == min(20, sum(result["parent"] == bob.best for result in results)) > 0
+    assert len(ada.sh("look", word="IDEA 7 of").splitlines()) == 3
+    latest = ada.sh("look", word=".").splitlines()
     assert len(latest) == 20 and latest == sorted(latest)
-    board = hub.git("grep", "-h", "^time", "refs/notes/board").splitlines()
-    assert sorted(line.split(" ", 1)[1] for line in board) == sorted(said)
+    lines = hub.git("grep", "-h", "^time", "refs/notes/results").splitlines()
+    assert sorted(line.split(" ", 1)[1] for line in lines if "\t" not in line) == sorted(said)
 
 
 def test_an_agent_comes_back_from_nothing(hub):
@@ -366,12 +382,12 @@ def test_build_on_the_best_of_another(hub):
     best = ada.experiment("deeper", 0.8, "keep")
     bob.experiment("baseline", 1.0, "keep", repeat=True)
     own = bob.experiment("wider", 0.9, "keep")
-    assert bob.sh("frontier").split()[2] == best
+    assert shown(bob)[0][2] == best
     bob.sh("adopt", hash=best)
     assert bob.experiment("adopted from ada", 0.82, "keep", repeat=True) == best == bob.head()
     assert hub.git("rev-parse", "--short=7", "autoresearch/test/bob") == best
     assert hub.git("rev-parse", "--short=7", f"refs/tries/{own}") == own
-    assert bob.sh("frontier").splitlines()[0].startswith(f"0.810000 2 {best}")
+    assert shown(bob)[0] == ("0.810000", "2", best)
 
     ada.exchange()
     ada.sh("adopt", hash=own)  # which is worse: back to the last keep

@@ -7,14 +7,13 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import CPU, ROOT, run
 
 import prepare
 import train
 
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth
 device benchmark seed compiled attention batch slow_steps_percent""".split()
-CPU = torch.device("cpu")
 TINY = dict(DEPTH=5, MODEL_DIM=64, HEAD_DIM=32, GATE_CHANNELS=16, NGRAM_ROWS=2**12, COMPILE=False)
 TINY |= dict(POINTER=True, LOGIT_CAP=None)
 
@@ -679,21 +678,3 @@ def test_end_to_end(benchmark):
     assert float(values["total_seconds"]) > float(values["training_seconds"])
     assert journal[-1]["tokens"] == pytest.approx(1e6 * float(values["total_tokens_M"]), abs=5e4)
     assert len(log.splitlines()) <= 60 and max(map(len, log.splitlines())) < 250
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_probe_passes_the_real_model(both, benchmark, compiled):
-    model = train.build_model(benchmark, CPU)
-    awaken(model)
-    if compiled:
-        model.compile_parts()
-    prepare.check_causality(model, benchmark.rows("val"), 8, 512, CPU)
-
-
-def test_probe_catches_a_window_that_is_off_by_one(small, benchmark):
-    model = train.build_model(benchmark, CPU)
-    awaken(model)
-    for block in model.blocks:
-        block.attention.attention = lambda q, k, v, window: train.banded(q, k.roll(-1, 1), v.roll(-1, 1), window)
-    with pytest.raises(RuntimeError, match="sees the future"):
-        prepare.check_causality(model, benchmark.rows("val"), 8, 512, CPU)

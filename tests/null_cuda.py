@@ -1,0 +1,37 @@
+"""
+A GPU that isn't there: a libcuda, libcudart and libcublas whose memory is untouched host memory and whose kernels do
+nothing, so that all the rest is real: dispatch, device and dtype checks, the caching allocator, Inductor, Triton and
+ptxas for the architecture. Linux x86-64, the torch wheel with CUDA, gcc. Values mean nothing.
+"""
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).parent
+KIB, GIB = 2**10, 2**30
+CARDS = {  # name, compute capability, bytes of memory, most shared memory of a block
+    "H100": ("NVIDIA H100 80GB HBM3", (9, 0), 84_942_979_072, 227 * KIB),
+    "A100": ("NVIDIA A100-SXM4-80GB", (8, 0), 85_094_825_984, 163 * KIB),
+    "B200": ("NVIDIA B200", (10, 0), 180 * GIB, 227 * KIB),
+    "RTX 4090": ("NVIDIA GeForce RTX 4090", (8, 9), 24 * GIB, 99 * KIB),
+    "RTX 3060": ("NVIDIA GeForce RTX 3060", (8, 6), 12 * GIB, 99 * KIB),
+}
+
+
+def build(folder, card="H100"):
+    """Compile the libraries of a card into a folder; returns the environment in which a process sees it."""
+    name, (major, minor), memory, shared = CARDS[card]
+    site = Path(sysconfig.get_path("purelib"))
+    library = folder / "libcuda.so.1"
+    command = ["gcc", "-O1", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library]
+    command += [f"-I{site}/nvidia/cu13/include", f"-I{site}/triton/backends/nvidia/include"]
+    command += [f'-DNAME="{name}"', f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DMEMORY={memory}ull"]
+    command += [f"-DSHARED={shared}", "-DCONTEXT=(600ull << 20)", *HERE.glob("null_*.c"), "-ldl"]
+    subprocess.run(command, check=True)
+    return {
+        "LD_PRELOAD": str(library),
+        "LD_LIBRARY_PATH": str(folder),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
+    }

@@ -1,0 +1,111 @@
+"""
+The GPU configuration of train.py, from start to score, on cards that aren't there (null_cuda.py): what fits in their
+memory, and which tensor is on the wrong device or has the wrong type. Compiled, with `-m long`, it takes minutes.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TEXT
+from null_cuda import CARDS, GIB, build
+
+import prepare
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("gcc") or not torch.version.cuda,
+    reason="needs Linux, gcc and the torch wheel with CUDA",
+)
+SHAPE = ["--seq-len", "2048", "--vocab-size", "8192", "--val-rows", "16", "--holdout-rows", "4", "--time-budget", "2"]
+DRIVER = """
+import os, prepare, torch, train
+train.COMPILE = bool(os.environ.get("COMPILED"))
+train.choose_attention = lambda *arguments: train.varlen  # its probe compares values, which mean nothing here
+prepare.save_best = lambda *arguments: None  # 6 GB
+torch._dynamo.config.error_on_graph_break = True
+train.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def shaped(prepared):
+    """A benchmark of the shape of climbmix."""
+    prepare.main(["--text", *TEXT, *SHAPE])
+    return (prepare.HOME / "current").read_text()
+
+
+@pytest.fixture
+def train(shaped, tmp_path):
+    """Run train.py, with edits, on a card; returns the process and what the summary says."""
+    (prepare.HOME / "current").write_text(shaped)
+    for name in ("train.py", "prepare.py"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def go(card, *edits, **environment):
+        source = (ROOT / "train.py").read_text()
+        for old, new in edits:
+            assert source.count(old) == 1, f"{source.count(old)} times: {old}"
+            source = source.replace(old, new)
+        (tmp_path / "train.py").write_text(source)
+        environment = prepare.os.environ | build(tmp_path, card) | environment
+        process = subprocess.run(
+            [sys.executable, "-c", DRIVER], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return process, dict(re.findall(r"^(\w+): +(.*)$", process.stdout.rpartition("\n---\n")[2], re.M))
+
+    return go
+
+
+ROWS = {"H100": 64, "A100": 64, "B200": 128, "RTX 4090": 8, "RTX 3060": 2}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_run_fits(train, card):
+    """Eagerly, which takes twice the memory of compiled code."""
+    process, summary = train(card)
+    assert process.returncode == 0, process.stdout + process.stderr
+    name, _, memory, _ = CARDS[card]
+    assert summary["device"] == name and summary["attention"] == "varlen" and summary["compiled"] == "False"
+    rows = int(summary["batch"].split(" x ")[1].split()[0])
+    print(f"{card}: {rows} rows, {float(summary['peak_vram_mb']) / 1024:.1f} GiB")
+    assert rows == ROWS[card] and float(summary["peak_vram_mb"]) * 2**20 < memory - 600 * 2**20
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("card", CARDS)
+def test_a_compiled_run_fits(train, card):
+    """Every kernel is compiled for the architecture, without a graph break; 128 rows in under 72 GiB of an H100."""
+    process, summary = train(card, COMPILED="1")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert summary["compiled"] == "True"
+    print(f"{card}: {summary['batch']}, {float(summary['peak_vram_mb']) / 1024:.1f} GiB")
+    if card == "H100":
+        assert (
+            summary["batch"] == "262,144 tokens in 1 x 128 rows" and float(summary["peak_vram_mb"]) < 72 * GIB / 2**20
+        )
+
+
+BUGS = {
+    "cu_seqlens on the CPU": (
+        "torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)",
+        "torch.arange(0, B * T + 1, T, dtype=torch.int32)",
+    ),
+    "cu_seqlens in int64": ("T, dtype=torch.int32, device=q.device)", "T, device=q.device)"),
+    "rotary in float32": ("angles.sin()]).to(dtype)", "angles.sin()])"),
+    "rotary on the CPU": (
+        "x = block(x, x0, r, z, inputs, self.rotary)",
+        "x = block(x, x0, r, z, inputs, self.rotary.cpu())",
+    ),
+    "targets on the CPU": ("torch.arange(logits.size(-1), device=x.device)", "torch.arange(logits.size(-1))"),
+    "a mask on the CPU": ("smear(norm(x), self.smear_gates[1])", "smear(norm(x), self.smear_gates[1].cpu())"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_null_gpu_sees_a_bug(train, bug):
+    """A test of the tests above."""
+    process, summary = train("H100", BUGS[bug])
+    assert process.returncode == 1 and "val_bpb" not in summary and "Error" in process.stderr
