@@ -1,6 +1,7 @@
 // Memory is real (and counted), kernels do nothing. NAME, MAJOR, MINOR, MEMORY, SHARED and CONTEXT come from null_cuda.py.
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <stdint.h>
@@ -28,7 +29,7 @@ static int attribute(int a) { switch (a) { case 1: case 2: case 3: return 1024; 
   case 39: return 2048; case 75: return MAJOR; case 76: return MINOR; case 81: return SHARED + 1024; case 97: return SHARED; } return 0; }
 int cudaDeviceGetAttribute(int *v, int a, int d) { *v = attribute(a); return 0; }
 int cuDeviceGetAttribute(int *v, int a, int d) { *v = attribute(a); return 0; }
-int cudaSetDevice(int d) { return d ? 101 : 0; }
+int cudaSetDevice(int d) { if (d) fprintf(stderr, "cudaSetDevice(%d)\n", d); return d ? 101 : 0; }
 int cudaDeviceGetStreamPriorityRange(int *a, int *b) { *a = 0; *b = -5; return 0; }
 int cuDevicePrimaryCtxGetState(int d, int *f, int *a) { *a = 1; return 0; }
 int cuCtxGetLimit(size_t *v, int l) { *v = 1 << 20; return 0; }
@@ -38,7 +39,10 @@ char *cudaGetErrorName(int e) { return "cudaErrorNull"; }
 int cudaEventElapsedTime(float *t, void *a, void *b) { *t = 1; return 0; }
 void **__cudaRegisterFatBinary(void *b) { static void *h; return &h; }
 int __cudaGetKernel(void **k, void *f) { *k = f; return 0; }
-static int launch(dim3 g, dim3 b, size_t m) { return g.y > 65535 || g.z > 65535 || !g.x || !g.y || !g.z || b.x * b.y * b.z > 1024 || m > SHARED ? 9 : 0; }
+static int launch(dim3 g, dim3 b, size_t m) {
+  int wrong = g.y > 65535 || g.z > 65535 || !g.x || !g.y || !g.z || b.x * b.y * b.z > 1024 || m > SHARED;
+  if (wrong) fprintf(stderr, "launch of %u x %u x %u blocks of %u x %u x %u threads, %zu bytes of shared memory\n", g.x, g.y, g.z, b.x, b.y, b.z, m);
+  return wrong ? 9 : 0; }
 int __cudaLaunchKernel(void *k, dim3 g, dim3 b, void **a, size_t m, void *s) { return launch(g, b, m); }
 int cudaLaunchKernel(void *k, dim3 g, dim3 b, void **a, size_t m, void *s) { return launch(g, b, m); }
 int cudaLaunchKernelExC(unsigned *c, void *f, void **a) { return launch(*(dim3 *)c, *(dim3 *)(c + 3), *(size_t *)(c + 6)); }

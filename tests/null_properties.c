@@ -7,4 +7,4 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) { memset(p,
   p->maxGridSize[0] = 2147483647; p->maxGridSize[1] = p->maxGridSize[2] = 65535; p->multiProcessorCount = 132; p->l2CacheSize = 52428800;
   p->maxThreadsPerMultiProcessor = 2048; p->sharedMemPerMultiprocessor = SHARED + 1024; p->sharedMemPerBlockOptin = SHARED; return 0; }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) { memset(a, 0, sizeof *a); a->maxThreadsPerBlock = 1024;
-  a->numRegs = 64; a->binaryVersion = a->ptxVersion = 10 * MAJOR + MINOR; a->maxDynamicSharedSizeBytes = SHARED; return 0; }
+  a->numRegs = 64; a->binaryVersion = a->ptxVersion = 10 * MAJOR + (MINOR == 9 ? 6 : MINOR); /* torch has no code for 8.9 */ a->maxDynamicSharedSizeBytes = SHARED; return 0; }

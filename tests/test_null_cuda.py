@@ -25,8 +25,21 @@ import os, prepare, torch, train
 train.COMPILE = bool(os.environ.get("COMPILED"))
 train.choose_attention = lambda *arguments: train.varlen  # its probe compares values, which mean nothing here
 prepare.save_best = lambda *arguments: None  # 6 GB
-torch._dynamo.config.error_on_graph_break = True
+score = prepare.bits_of_rows
+
+
+def bits_of_rows(model, rows, *arguments):
+    try:
+        return score(model, rows, *arguments)
+    except ValueError as error:  # the last thing that it does is to look at values
+        assert "some are not finite" in str(error)
+        return prepare.np.ones(len(rows))
+
+
+prepare.bits_of_rows = bits_of_rows
 train.main()
+breaks = dict(torch._dynamo.utils.counters["graph_break"]) if train.COMPILE else {}
+assert not breaks, breaks
 """
 
 
@@ -59,7 +72,7 @@ def train(shaped, tmp_path):
     return go
 
 
-ROWS = {"H100": 64, "A100": 64, "B200": 128, "RTX 4090": 8, "RTX 3060": 2}
+ROWS = {"H100": 64, "A100": 64, "B200": 128, "RTX 4090": 16, "RTX 3060": 4}
 
 
 @pytest.mark.parametrize("card", CARDS)
