@@ -319,8 +319,8 @@ def test_probabilities_that_do_not_sum_to_one(benchmark):
     [
         lambda logits: (logits * 1e6).half(),
         lambda logits: logits * math.nan,
-        lambda logits: logits.masked_fill(logits == logits.max(), math.inf),
-        lambda logits: logits.masked_fill(logits == logits.min(), -math.inf),
+        lambda logits: logits.masked_fill(logits > 4, math.inf),
+        lambda logits: logits.masked_fill(logits < -4, -math.inf),
         lambda logits: logits[:, :-1],
         lambda logits: logits[:-1],
         lambda logits: logits.mean(dim=1),

@@ -72,10 +72,13 @@ def train(shaped, tmp_path):
     return go
 
 
+QUICK = ("H100", "RTX 3060")  # the others with `-m long`
 ROWS = {"H100": 64, "A100": 64, "B200": 128, "RTX 4090": 16, "RTX 3060": 4}
 
 
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(
+    "card", [pytest.param(card, marks=() if card in QUICK else pytest.mark.long) for card in CARDS]
+)
 def test_a_run_fits(train, card):
     """Eagerly, which takes twice the memory of compiled code."""
     process, summary = train(card)
@@ -117,6 +120,7 @@ BUGS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_null_gpu_sees_a_bug(train, bug):
     """A test of the tests above."""

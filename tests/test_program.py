@@ -74,7 +74,7 @@ def test_a_night(agent):
         "rates to nothing": agent.attempt("rates to nothing", (r"^(\w+_LR +)= ", r"\1= 1e-6 * ")),
         "a slip": agent.attempt("a slip", (r"^def norm\(x\):", "def norm(x:")),
         "wild rates": agent.attempt("wild rates", (r"^(\w+_LR +)= ", r"\1= 1e9 * ")),
-        "asleep": agent.attempt("asleep", (r"^def main\(\):", "def main():\n    time.sleep(1000)"), limit=8),
+        "asleep": agent.attempt("asleep", (r"^def main\(\):", "def main():\n    time.sleep(1000)"), limit=4),
         "too slow": agent.attempt("too slow", (r"^    clock.stop\(\)", "    time.sleep(3)\n    clock.stop()")),
     }
     assert [status for status, _ in results.values()] == ["discard", "crash", "crash", "crash", "crash"]
@@ -99,7 +99,7 @@ def test_a_night(agent):
     resumed.sh("run", seed=1, limit=60)
     log = (agent.folder / "run.log").read_text()
     os.kill(int(re.search(r"another training is running on cpu \(pid (\d+)\)", log)[1]), signal.SIGKILL)
-    assert resumed.finish("lost", limit=15)[0] == "crash"
+    assert resumed.finish("lost", limit=6)[0] == "crash"
 
     # nothing is lost, and the branch holds the keeps
     rows = resumed.rows()

@@ -96,7 +96,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     ideas = {
         "good": [(rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK],
         "slip": [(r"^def norm\(x\):", "def norm(x:")],
-        "slow": [(r"^    clock.start\(\)", "    print('waiting', flush=True)\n    time.sleep(10)\n    clock.start()")],
+        "slow": [(r"^    clock.start\(\)", "    print('waiting', flush=True)\n    time.sleep(5)\n    clock.start()")],
     }
     tried = {"base": start}
     agent.sh("worktree", name="base")
