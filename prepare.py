@@ -1244,23 +1244,27 @@ def read_logs(benchmark):
     """The runs of a wave, from its logs wave/<tag>-<commit>-<seed>.log; val_bpb is NaN where there is no score."""
     runs = []
     for path in sorted(Path("wave").glob("*-*-*.log")):
-        commit, seed = re.search(r"-(\w{7})-(\d+)(?:-\d+)?$", path.stem).groups()
+        name = re.search(r"-([0-9a-z]{7})-(\d+)(?:-\d+)?$", path.stem)
+        if not name:
+            continue
         summary = defaultdict(str, re.findall(r"^(\w+): +(.*)", path.read_text(errors="replace"), re.M))
         score = float(summary["val_bpb"] or "nan") if summary["benchmark"] == benchmark.id else math.nan
-        run = {"id": path.stem, "commit": commit, "seed": int(seed), "val_bpb": score}
+        run = {"id": path.stem, "commit": name[1], "seed": int(name[2]), "val_bpb": score}
         run |= {"device": summary["device"] or "unknown", "steps": summary["num_steps"] or "no"}
         runs.append(run | {"memory": float(summary["peak_vram_mb"] or 0) / 1024})
     return runs
 
 
-def print_wave(benchmark, ledger, head):
-    """What the logs of a wave are worth, and a line `row` for each that has none yet, as results.tsv takes it."""
-    kept = [row["commit"] for row in ledger if row["status"] == "keep"] or [head]
+def print_wave(benchmark, ledger, kept):
+    """
+    What the logs of a wave are worth against the last of the commits that were kept (the first is the baseline), and a
+    line `row` for each log that has none yet, as results.tsv takes it.
+    """
     base, best, logs = kept[0], kept[-1], sorted(read_logs(benchmark), key=lambda run: run["seed"])
     device = next((run["device"] for run in logs if run["commit"] == base and run["val_bpb"] > 0), None)
     new = [run for run in logs if not any(f"[{run['id']} on " in row["description"] for row in ledger)]
     if new and device is None:
-        return print(f"wave:        {base}, the baseline, has no score yet")
+        return print(f"wave:        no log has a score of {base}, the baseline: submit it")
     for run in [run for run in new if run["val_bpb"] > 0 and run["device"] != device]:
         print(f"wave:        {run['id']} ran on {run['device']}, not on {device}: does not compare")
         new.remove(run)
@@ -1363,7 +1367,7 @@ def print_status():
             print(f"  warning: {words}")
     for line in fallbacks():
         print(f"  warning: run.log: {line}")
-    print_wave(benchmark, ledger, head)
+    print_wave(benchmark, ledger, kept or [head])
     print_hub(benchmark, ledger)
     for row in ledger[-10:]:
         print(f"  {row['commit']} {row['val_bpb']:.6f} {row['status']:<7} {row['description']:.100}")

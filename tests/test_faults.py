@@ -156,7 +156,8 @@ def test_a_training_that_is_stopped(own, tmp_path, kind, spot):
     score(own, uniform())
 
 
-def test_killed_while_it_compiles(own, tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_while_it_compiles(own, tmp_path, kind):
     """The compiler's processes end too, and the next run finds no half-written cache."""
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     process = start("train.py", environment=environment, start_new_session=True)
@@ -164,7 +165,7 @@ def test_killed_while_it_compiles(own, tmp_path):
         if list((tmp_path / "cache").rglob("*.cpp")):
             break
         time.sleep(0.1)
-    process.kill()
+    process.send_signal(kind)
     process.communicate()
     for _ in range(300):
         session = subprocess.run(["ps", "-s", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout

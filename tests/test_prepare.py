@@ -247,11 +247,15 @@ def another_column(handler, content):
 
 
 RECOVERS = {
+    "500": [status(500), status(502), status(503)],
     "429": [status(429, Retry_After="1")],
     "slow first byte": [slow_first_byte],
+    "stall": [stall],
+    "reset": [reset, reset],
     "shorter": [shorter],
     "longer": [longer],
     "not parquet once": [not_parquet],
+    "html once": [html],
     "redirect": [redirect],
     "no ranges": [shorter, without_ranges],
     "flipped bit": [flipped],
@@ -266,7 +270,7 @@ def test_a_download_recovers(hub, fault):
     assert snapshot(prepare.HOME / "downloads" / "climbmix") == snapshot(hub.folder)
     asked = [(moment, part) for name, moment, part in hub.seen if name == "shard_00000.parquet"]
     assert len(asked) == len(RECOVERS[fault]) + (fault != "no ranges")
-    if fault in ("shorter", "no ranges", "all kinds"):
+    if fault in ("stall", "reset", "shorter", "no ranges", "all kinds"):
         assert asked[1][1], "the second request goes on where the first ended"
     if fault == "429":
         assert asked[1][0] - asked[0][0] >= 1
@@ -301,7 +305,7 @@ def test_an_unreachable_host(home, monkeypatch, host):
         prepare.main(ONE_SHARD)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_download_goes_on(hub, home, kind):
     """The first answer stalls in mid-file; there the process is stopped, and ends before the stall does."""
     stalled = threading.Event()

@@ -198,7 +198,8 @@ def test_gains_of_a_wave(own, tmp_path, environment):
         (agent.folder / "wave" / f"my-night-{run}.log").write_text(summary if score else "benchmark: x\nTraceback\n")
 
     log("aaaaaaa-1", 0.7)
-    assert f"wave:        {kept}, the baseline, has no score yet\n" in agent.sh("where")
+    (agent.folder / "wave" / "what-I-saw.log").write_text("no run")
+    assert f"wave:        no log has a score of {kept}, the baseline: submit it\n" in agent.sh("where")
     for run, score in {f"{kept}-1": 1.0, f"{kept}-2": 1.1, f"{kept}-3": 1.2, "aaaaaaa-2-2": 1.0}.items():
         log(run, score)
     for run, score in {"aaaaaaa-3": 1.02, "bbbbbbb-1": None, "bbbbbbb-2": 1.3, "eeeeeee-1": 0.9}.items():
@@ -223,6 +224,13 @@ def test_gains_of_a_wave(own, tmp_path, environment):
         "ddddddd": ["0.000000", "0.0", "crash"],
     }
     assert len(agent.rows()) == 1 + 3 + 3 + 2 + 1 + 1 and "row\t" not in agent.sh("where")
+
+    # the baseline once more, to see drift, is not what is to beat
+    for row in ("eeeeeee\t0.9\t2.0\tkeep\tseed 2", f"{kept}\t1.1\t2.0\tkeep\tbaseline, seed 1, once more"):
+        with open(agent.folder / "results.tsv", "a") as ledger:
+            ledger.write(row + "\n")
+    log("fffffff-1", 0.85)
+    assert re.search(r"^wave: +fffffff gains 0.050000 in 1 runs: ", agent.sh("where"), re.M)
 
 
 # --------------------------------------
