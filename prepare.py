@@ -1392,8 +1392,12 @@ def print_status():
         print(f"next: promising, run it with seed {seed}")
     elif head in kept and head != best:
         print(f"next: go back to {best}, the branch")
+    elif what != "keep":
+        print(f"next: store it as refs/tries/{head}, reset to {best}")
+    elif len(ledger) > 20 and kept[0] not in [row["commit"] for row in ledger[-20:]]:
+        print(f"next: run the baseline, {kept[0]}, once more, to see drift; then a new idea, before <until>")
     else:
-        print("next: " + ("a new idea" if what == "keep" else f"store it as refs/tries/{head}, reset to {best}"))
+        print("next: a new idea, before <until>")
 
 
 # --------------------------------------

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,13 +29,14 @@ def refused(*command, **options):
 
 
 def full_disk(size):
-    """The system refuses to write beyond so many bytes of a file."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    """The system refuses to write beyond so many bytes of a file. (Python would leave .pyc files truncated.)"""
+    code = "import resource, sys, prepare; sys.dont_write_bytecode = True\n"
+    return code + f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
 
 
 def test_a_full_disk_while_preparing(hub, home, book):
-    assert "fix it and run this again" in refused("prepare.py", *book, preexec_fn=full_disk(20_000))
-    assert "fix it and run this again" in refused("prepare.py", *ONE_SHARD, preexec_fn=full_disk(30_000))
+    assert "fix it and run this again" in refused("-c", full_disk(20_000) + "prepare.main()", *book)
+    assert "fix it and run this again" in refused("-c", full_disk(30_000) + "prepare.main()", *ONE_SHARD)
     assert not (home / "current").exists()
     prepare.main(book)
     assert every_byte()
@@ -60,7 +60,7 @@ print("score", prepare.evaluate_bpb(Uniform(512, 512), benchmark, 8, clock))
 def test_a_full_disk_while_recording(own, journal_size):
     """The weights don't fit, or not even the line in the journal: the score is not lost without a word."""
     (own.path / "journal.jsonl").write_text("\n" * journal_size)
-    process = start("-c", SCORE, preexec_fn=full_disk(100_000))
+    process = start("-c", full_disk(100_000) + SCORE)
     output, errors = process.communicate()
     assert not list(own.path.glob("best.*"))
     if journal_size:

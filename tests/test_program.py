@@ -42,7 +42,7 @@ class Researcher(Agent):
             elif store := re.match(r"store it as refs/tries/(\w+), reset to (\w+)", what):
                 self.sh("reset", commit=store[1], kept=store[2])
             else:
-                assert what == "a new idea"
+                assert what == "a new idea, before <until>"
                 return self.rows()[-1][3], text
         raise AssertionError(what)
 

@@ -116,7 +116,9 @@ def test_a_night(night):
         night.run(score, seed)
         assert next_of(night.status()) == f"write the row: {start} {score:.6f} 2.0 keep"
         night.row(score, "keep")
-        assert next_of(night.status()) == (f"run the baseline with seed {seed + 1}" if seed < 3 else "a new idea")
+        assert next_of(night.status()) == (
+            f"run the baseline with seed {seed + 1}" if seed < 3 else "a new idea, before <until>"
+        )
     assert "noise floor: 0.010000\n" in night.status() and f"to beat:     1.000000, {start}\n" in night.status()
 
     idea = night.commit()
@@ -133,7 +135,7 @@ def test_a_night(night):
     assert next_of(night.status()) == f"write the row: {idea} 0.985000 2.0 keep"
     night.row(0.985, "keep")
     text = night.status()
-    assert next_of(text) == "a new idea" and f"to beat:     0.985000, {idea}\n" in text
+    assert next_of(text) == "a new idea, before <until>" and f"to beat:     0.985000, {idea}\n" in text
     assert "1.0000 to 0.9850\n" in text and "5 rows" in text
 
     crash = night.commit()
@@ -148,6 +150,12 @@ def test_a_night(night):
     assert next_of(night.status()) == f"write the row: {worse} 1.200000 2.0 discard"
     night.row(1.2, "discard")
     assert next_of(night.status()) == f"store it as refs/tries/{worse}, reset to {idea}"
+
+    night.git("reset", "-q", "--hard", "HEAD^")
+    for rows in range(7, 24):
+        drift = f"run the baseline, {start}, once more, to see drift; then a new idea, before <until>"
+        assert next_of(night.status()) == (drift if rows > 22 else "a new idea, before <until>")
+        night.row(1.3, "discard", commit=worse)
 
     # the baseline once more, and both of them at the end: what is to beat stays what it was
     for commit, seed, score in ((start, 1, 1.01), (start, 4, 1.0), (idea, 4, 0.984)):
@@ -172,7 +180,7 @@ def test_disturbed_runs_do_not_count_and_end(night):
     assert next_of(text) == f"disturbed three times, give it up: write the row: {start} 0.000000 0.0 crash"
     night.row(0, "crash")
     text = night.status()
-    assert next_of(text) == "a new idea" and "to beat:     1.000000" in text
+    assert next_of(text) == "a new idea, before <until>" and "to beat:     1.000000" in text
 
 
 def test_a_disturbed_run_and_then_a_good_one(night):
