@@ -222,7 +222,7 @@ def sha256(path):
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class Progress:

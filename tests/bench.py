@@ -3,13 +3,19 @@ What train.py makes of this machine, as ratios measured in one run, for the unto
 
     uv run prepare.py && uv run python tests/bench.py
 
-Each figure is the best of ROUNDS segments, which take turns, each in a process of its own.
+Each figure is the best of ROUNDS segments, which take turns, each in a process of its own. And what it would make of an
+H100, predicted from the kernels that torch.compile generates for one that isn't there (null_cuda.py), in minutes:
+
+    uv run python tests/bench.py --gpu
 """
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -106,5 +112,102 @@ def main():
     print(f"{ours['optimizer']:.3f} of a step is the optimizer")
 
 
+# --------------------------------------
+# An H100, predicted: each kernel takes the longer of its arithmetic and its memory traffic
+
+PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # a second: bfloat16, HBM3 (NVIDIA data sheet of the H100 SXM)
+# Shares of these peaks that kernels reach. Of matrix products: what makes the reference's step 315 ms, as published; of
+# attention, FlashAttention-2 and -3 on an H100: Shah et al. 2024, arXiv 2407.08608
+MATRIX_SHARE, MEMORY_SHARE, ATTENTION_SHARES = 0.7, 0.9, {"varlen": 0.35, "flash3": 0.6}
+ROWS, T, V = 128, 2048, 8192
+PLAIN = [  # train.py without what it adds to its model
+    ("self.ngrams(hash_ngrams(inputs))", "None"),
+    ("self.wte(inputs) + ngrams.flatten(2)", "self.wte(inputs)"),
+    ("smear(norm(x), self.smear_gates[0])", "norm(x)"),
+    ("smear(norm(x), self.smear_gates[1])", "norm(x)"),
+    ("k = torch.cat([shift(before), same], dim=2)", "pass"),
+]
+REFERENCE = dict(DEPTH=8, MODEL_DIM=512, WINDOW_PATTERN="SSSL", SHORT_WINDOW=1 / 2, TOTAL_BATCH_SIZE=2**19)
+VARIANTS = {"train.py": ([], {}), "without n-grams, smear, shifted keys": (PLAIN, {}), "reference": (PLAIN, REFERENCE)}
+
+
+def predict(variant):
+    """Compile a training step on the null H100, count what its kernels do, and print how long an H100 should take."""
+    import torch
+    from torch._inductor.graph import GraphLowering
+
+    import prepare
+
+    edits, constants = VARIANTS[variant]
+    source = Path(prepare.__file__).with_name("train.py").read_text()
+    for old, new in edits:
+        assert source.count(old) == 1, f"{source.count(old)} times: {old}"
+        source = source.replace(old, new)
+    train = types.ModuleType("train")
+    exec(compile(source, "train.py", "exec"), vars(train))
+    vars(train).update(constants)
+    train.choose_attention = lambda *arguments: train.varlen
+    executed = []  # (FLOPs, bytes) of the kernels that ran; attention has no count of FLOPs
+
+    def count(graph, compile_to_module=GraphLowering.compile_to_module):
+        module = compile_to_module(graph)
+        costs = [(node.estimate_flops() or 0, node.get_read_write_buffers_sizes()) for node in graph.scheduler.nodes]
+
+        def call(arguments, call=module.call):
+            executed.extend(costs)
+            return call(arguments)
+
+        module.call = call
+        return module
+
+    GraphLowering.compile_to_module = count
+    device = train.choose_device()
+    setup = train.set_up(device)
+    shape = types.SimpleNamespace(vocab_size=V, max_seq_len=T, seed=42)
+    model = train.build_model(shape, device, *setup)
+    optimizers = train.build_optimizers(model)
+    batches = [torch.randint(V, (2, ROWS, T), device=device)] * (train.TOTAL_BATCH_SIZE // (ROWS * T))
+    for _ in range(2):
+        executed.clear()
+        train.train_step(model, optimizers, batches, 0.0)
+
+    tokens = train.TOTAL_BATCH_SIZE
+    pairs = sum(min(window, T) * (1 - min(window, T) / (2 * T)) for window in model.windows)  # of tokens, per token
+    attention = (4 + 10) * train.MODEL_DIM * pairs * tokens
+    dense = sum(weight.numel() for weight in model.parameters()) - model.ngrams.weight.numel()
+    lookups = 0 if edits else 2 * tokens * train.MODEL_DIM // 2
+    eager = 4 * (7 * dense + 12 * lookups)  # AdamW reads 4 and writes 3; a row: gather 2, coalesce 2, RMSprop 8
+    seconds = {
+        "matrix products": sum(
+            max(flops / MATRIX_SHARE / PEAK_FLOPS, size / MEMORY_SHARE / PEAK_BYTES)
+            for flops, size in executed
+            if flops
+        ),
+        "other kernels": sum(size for flops, size in executed if not flops) / MEMORY_SHARE / PEAK_BYTES,
+        "AdamW and tables": eager / MEMORY_SHARE / PEAK_BYTES,
+    }
+    print(f"{variant}: {tokens:,} tokens a step")
+    for what, one in seconds.items():
+        print(f"  {what:<17} {1000 * one:6.1f} ms")
+    for name, share in ATTENTION_SHARES.items():
+        one = attention / share / PEAK_FLOPS
+        step = sum(seconds.values()) + one
+        mfu = model.flops_per_token() * tokens / step / PEAK_FLOPS
+        print(f"  {'with ' + name:<17} {1000 * one:6.1f} ms, step {1000 * step:.0f} ms, MFU {100 * mfu:.1f}%")
+    print(f"  memory            {torch.cuda.max_memory_allocated() / 2**30:6.1f} GiB", flush=True)
+
+
+def predict_all():
+    from null_cuda import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | build(Path(folder)) | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        for variant in VARIANTS:
+            subprocess.run([sys.executable, __file__, variant], env=environment, check=True)
+
+
 if __name__ == "__main__":
-    segment(sys.argv[1] == "plain") if len(sys.argv) > 1 else main()
+    what = sys.argv[1] if len(sys.argv) > 1 else None
+    predict_all() if what == "--gpu" else predict(what) if what in VARIANTS else segment(
+        what == "plain"
+    ) if what else main()

@@ -1,8 +1,13 @@
 """The model, the optimizer and the loop of train.py."""
 
+import hashlib
+import http.server
+import json
 import math
+import re
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -247,13 +252,76 @@ def flash_attention(q, k, v, causal, window_size):
     return train.banded(q, k, v, q.size(1) if window_size[0] < 0 else window_size[0]), None
 
 
-def test_hub_kernel_is_taken_when_it_is_right(small, monkeypatch, capsys):
-    stub_kernel(monkeypatch, flash_attention)
-    chosen = train.choose_attention(types.SimpleNamespace(type="cuda"), torch.bfloat16, False)
-    assert chosen.__name__ == "flash3" and capsys.readouterr().out == ""
-    q, k, v = torch.randn(3, 1, 64, 2, 32)
-    for window in (8, 64):
-        assert torch.allclose(chosen(q, k, v, window), naive_attention(q, k, v, window), atol=1e-5)
+KERNEL = {  # a repository of the kernels hub: one build, for every backend, that is banded() under another name
+    "metadata.json": """{"id": "flash_attn3_universal", "name": "flash-attn3", "version": 1, "license": "bsd-3-clause",
+        "python-depends": [], "backend": {"type": "cuda"}}""",
+    "__init__.py": """import train
+def flash_attn_func(q, k, v, causal, window_size):
+    assert causal and window_size[1] == 0
+    return train.banded(q, k, v, window_size[0]), None
+""",
+}
+SEEN = """
+import torch
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda device=None: (9, 0)
+import prepare, train, types
+probe = train.probe_attention
+train.probe_attention = lambda f, device, dtype: probe(f, torch.device("cpu"), dtype)
+"""
+FETCH = SEEN + "prepare.fetch_flash3()"
+CHOOSE = SEEN + "print(train.choose_attention(types.SimpleNamespace(type='cuda'), torch.bfloat16, False).__name__)"
+
+
+class KernelHub(http.server.BaseHTTPRequestHandler):
+    """What `kernels` asks the hub for one revision of one repository; all else is not found."""
+
+    commit, build = "0123456789" * 4, "build/torch-universal"
+
+    def do_GET(self):
+        path = self.path.split("?")[0].rstrip("/").replace(prepare.FLASH3["repo_id"], "REPO")
+        files = {f"{self.build}/{name}": content.encode() for name, content in KERNEL.items()}
+        found = {
+            "/api/organizations/kernels-community/overview": {"trustedKernelPublisher": True},
+            "/api/kernels/REPO/tree/v1/build": [{"type": "directory", "path": self.build, "oid": "0"}],
+            "/api/kernels/REPO/revision/v1": {"id": prepare.FLASH3["repo_id"], "sha": self.commit},
+            f"/api/kernels/REPO/tree/{self.commit}": [
+                {"type": "file", "path": name, "size": len(content), "oid": "0"} for name, content in files.items()
+            ],
+        }.get(path)
+        content = files.get(re.sub(f"^/kernels/REPO/resolve/(v1|{self.commit})/", "", path))
+        if content is None and found is not None:
+            content = json.dumps(found).encode()
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        if content is not None:
+            self.send_header("X-Repo-Commit", self.commit)
+            self.send_header("ETag", hashlib.sha256(content).hexdigest())
+        self.end_headers()
+        if self.command == "GET" and content:
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_hub_kernel_is_fetched_once_and_then_taken_without_network(tmp_path):
+    """By the real `kernels`, from a stand-in for the hub: online, from the cache, and where there is none."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), KernelHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    fetched = run("-c", FETCH, **hub)
+    server.shutdown()
+    server.server_close()
+    assert (fetched.returncode, fetched.stdout) == (0, ""), fetched.stdout + fetched.stderr
+    taken = run("-c", CHOOSE, **hub)
+    assert taken.stdout == "flash3\n", taken.stdout + taken.stderr
+    hub["HF_HOME"] = str(tmp_path / "empty")
+    assert run("-c", CHOOSE, **hub).stdout.startswith("attention: flash3 not used (FileNotFoundError: ")
+    missed = run("-c", "import time\n" + FETCH + "\nprint(time.monotonic() - prepare.PROCESS_START)", **hub).stdout
+    print("without network, kernels imported:", missed.splitlines()[-1], "s")
+    assert missed.startswith("no FlashAttention-3, train.py will take torch's own attention (")
 
 
 @pytest.mark.parametrize("fault", ["wrong", "window", "raises", "missing", "card"])
