@@ -113,7 +113,7 @@ SLOW_STEP = 1.5  # a step that took longer than this many median steps was distu
 MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
 SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
 
-PROBE_CUTS = 200  # futures that the probe replaces, or T / 4 if that is more
+PROBE_CUTS = 256  # futures that the probe replaces, or T / 4 if that is more
 PROBE_CONTROLS = 4  # times that it changes other rows only
 PROBE_REPEATS = 4  # a leak moves logits every time, chance does not
 PROBE_NOISE = 1e-4  # rounding may move logits by this share of their standard deviation ...
