@@ -1188,18 +1188,23 @@ def noise_floor(scores):
 
 
 def worth(commit, scores):
-    """The mean of a commit's runs; without the first, which selected it, if it has more and is no baseline."""
+    """The mean of a commit's runs."""
+    return statistics.fmean(scores[commit])
+
+
+def gain(commit, best, scores):
+    """How far below the best a commit is, by the runs that decide: not the first, which selected it, if it has more."""
     runs = scores[commit]
-    return statistics.fmean(runs[1:] if len(runs) > 1 and commit != next(iter(scores)) else runs)
+    return worth(best, scores) - statistics.fmean(runs[1:] if len(runs) > 1 and commit != best else runs)
 
 
 def verdict(commit, best, scores):
     """What the runs of a commit say about it, against those of the last keep: keep, discard or repeat."""
-    gain, floor = worth(best, scores) - worth(commit, scores), noise_floor(scores)
+    gained, floor = gain(commit, best, scores), noise_floor(scores)
     floor = 0.0 if math.isnan(floor) else floor
     if len(scores[commit]) == 1:
-        return "repeat" if gain > PROMISING * floor else "discard"
-    return "keep" if gain > KEEP * floor else "discard"
+        return "repeat" if gained > PROMISING * floor else "discard"
+    return "keep" if gained > KEEP * floor else "discard"
 
 
 def match_runs(ledger, journal, since=""):
@@ -1271,14 +1276,14 @@ def print_wave(benchmark, ledger, kept):
     scores = scores_of([*ledger, *new])
 
     def rank(commit):
-        return commit != base, worth(commit, scores) if commit in scores else math.inf
+        return commit != base, -gain(commit, best, scores) if commit in scores else math.inf
 
     for commit in sorted({run["commit"] for run in new}, key=rank):
         what = "keep" if commit in kept else verdict(commit, best, scores) if commit in scores else "crash"
         if commit in scores:
-            gain, count = worth(best, scores) - worth(commit, scores), len(scores[commit])
+            gained, count = gain(commit, best, scores), len(scores[commit])
             advice = what.replace("repeat", "promising, submit seeds 2 and 3")
-            print(f"wave:        {commit} gains {gain:.6f} in {count} runs: {advice}")
+            print(f"wave:        {commit} gains {gained:.6f} in {count} runs: {advice}")
         for run in (run for run in new if run["commit"] == commit):
             words = "baseline" if commit == base else git("log", "-1", "--format=%s", commit)
             words = f"{words}, seed {run['seed']}, {run['steps']} steps [{run['id']} on {run['device']}]"
@@ -1358,11 +1363,12 @@ def print_status():
         print(f"best so far: {sparkline(low)} {low[0]:.4f} to {low[-1]:.4f}")
     if kept:
         print(f"to beat:     {worth(best, scores):.6f}, {best}")
-    print(f"this commit: {head}" + ", the one to beat" * (head == best))
+    branch = git("branch", "--show-current") or "no branch"
+    print(f"this commit: {head} on {branch}" + ", the one to beat" * (head == best))
     for run in runs:
-        gain = f", gain {worth(best, scores) - run['val_bpb']:.6f}" if head not in kept and kept else ""
+        gained = f", gain {worth(best, scores) - run['val_bpb']:.6f}" if head not in kept and kept else ""
         state = ", does not count" if run in slow else ", no row yet" if run in new else ""
-        print(f"  {run['val_bpb']:.6f} seed {run['seed']}, {run.get('tokens', 0):,} tokens{gain}{state}")
+        print(f"  {run['val_bpb']:.6f} seed {run['seed']}, {run.get('tokens', 0):,} tokens{gained}{state}")
         for words in flags(run):
             print(f"  warning: {words}")
     for line in fallbacks():

@@ -37,7 +37,7 @@ DEPTH = 9 if GPU else 2  # blocks
 MODEL_DIM = 640 if GPU else 128  # D
 HEAD_DIM = 128 if GPU else 32  # K
 NGRAM_ROWS = 2**22 if GPU else 2**17  # of the table of n-grams, D / 2 floats each: 5.4 GB or 34 MB
-TOTAL_BATCH_SIZE = 2**18 if GPU else 2**12  # tokens per optimizer step
+TOTAL_BATCH_SIZE = 2**18 if GPU else 2**11  # tokens per optimizer step
 DEVICE_BATCH_SIZE = 128 if GPU else 16  # rows per forward pass, halved until they fit in memory
 # model
 WINDOW_PATTERN = "SSSSL"  # per block, repeated: S short window, L all; the last block, of two the second, is L

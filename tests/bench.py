@@ -151,7 +151,8 @@ def predict(variant):
 
     def count(graph, compile_to_module=GraphLowering.compile_to_module):
         module = compile_to_module(graph)
-        costs = [(node.estimate_flops() or 0, node.get_read_write_buffers_sizes()) for node in graph.scheduler.nodes]
+        nodes = [node for node in graph.scheduler.nodes if "varlen" not in str(getattr(node.node, "op_overload", ""))]
+        costs = [(node.estimate_flops() or 0, node.get_read_write_buffers_sizes()) for node in nodes]
 
         def call(arguments, call=module.call):
             executed.extend(costs)

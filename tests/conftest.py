@@ -24,7 +24,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-os.environ["AUTORESEARCH_HOME"] = tempfile.mkdtemp(prefix="autoresearch-test-")
+os.environ["AUTORESEARCH_HOME"] = tempfile.mkdtemp(prefix="autoresearch-test-")  # of this worker of pytest-xdist
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that it starts: two workers share two cores
+torch.set_num_threads(1)
 for name in ("AUTORESEARCH_SEED", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 

@@ -27,9 +27,11 @@ def test_noise_floor_and_worth_against_brute_force(runs):
     else:
         pooled = sum(stdev(g) ** 2 * (len(g) - 1) for g in repeated) / sum(len(g) - 1 for g in repeated)
         assert prepare.noise_floor(scores) == pytest.approx(2 * math.sqrt(pooled), abs=1e-9)
-    for number, (commit, group) in enumerate(scores.items()):
-        decisive = group if number == 0 or len(group) == 1 else group[1:]
-        assert prepare.worth(commit, scores) == pytest.approx(mean(decisive))
+    for commit, group in scores.items():
+        assert prepare.worth(commit, scores) == pytest.approx(mean(group))
+        for best in scores:
+            decisive = group if commit == best or len(group) == 1 else group[1:]
+            assert prepare.gain(commit, best, scores) == pytest.approx(mean(scores[best]) - mean(decisive), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +137,8 @@ def test_a_night(night):
     assert next_of(night.status()) == f"write the row: {idea} 0.985000 2.0 keep"
     night.row(0.985, "keep")
     text = night.status()
-    assert next_of(text) == "a new idea, before <until>" and f"to beat:     0.985000, {idea}\n" in text
-    assert "1.0000 to 0.9850\n" in text and "5 rows" in text
+    assert next_of(text) == "a new idea, before <until>" and f"to beat:     0.982500, {idea}\n" in text
+    assert "1.0000 to 0.9825\n" in text and "5 rows" in text
 
     crash = night.commit()
     night.row(0, "crash")
