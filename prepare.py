@@ -748,7 +748,7 @@ class TrainingClock:
         self.rows = self.benchmark.rows_served["train"] - self.rows_before
 
     def tick(self):
-        """Mark the end of a step; used only for `slow_steps_percent`, which the journal keeps."""
+        """Mark the end of a step; used only for `slow_steps_percent` and the count of steps in the journal."""
         self.ticks.append(self.elapsed)
 
     @property
@@ -1067,6 +1067,7 @@ def record_run(model, clock, benchmark, **scores):
         "training_seconds": round(clock.elapsed, 3),
         "total_seconds": round(time.monotonic() - PROCESS_START, 3),
         "slow_steps_percent": round(clock.slow_steps_percent, 1),
+        "steps": len(clock.ticks),
         "tokens": clock.rows * benchmark.max_seq_len,
         "files_read": sorted(files_read)[:20],
         "peak_memory_mb": round(peak_memory_mb(clock.device), 1),
@@ -1145,7 +1146,7 @@ KEEP = 1 / 2  # ... and what the runs after it must gain
 SEEDS = (1, 2, 3, 4, 5)  # that program.md names, three for the baseline
 LATE_FLAG = 1.02  # budgets of training
 SLOW_FLAG = 10  # percent of the time in slow steps
-SLOW_RUN = 0.5  # of the most tokens that a run of the same commit has seen
+SLOW_RUN = 0.5  # of the most steps that a run of the same commit has made
 
 
 def read_ledger(path="results.tsv"):
@@ -1345,10 +1346,8 @@ def print_status():
     new = [run for run in unlisted if str(run["commit"]).startswith(head) and not run.get("dirty")]
     listed = [id(run) for number, run in matched.items() if ledger[number]["commit"] == head]
     runs = [run for run in journal if run in new or id(run) in listed]
-    most = max((run.get("tokens", 0) for run in runs), default=0)
-    slow = [
-        run for run in new if run.get("slow_steps_percent", 0) > SLOW_FLAG or run.get("tokens", 0) < SLOW_RUN * most
-    ]
+    most = max((run.get("steps", 0) for run in runs), default=0)
+    slow = [run for run in new if run.get("slow_steps_percent", 0) > SLOW_FLAG or run.get("steps", 0) < SLOW_RUN * most]
     counted = [run for run in new if run not in slow]
     scores = scores_of([*ledger, *({"commit": head, "val_bpb": run["val_bpb"]} for run in counted)])
     keeps = [row["commit"] if row["status"] == "keep" and row["commit"] in scores else None for row in ledger]
@@ -1356,19 +1355,22 @@ def print_status():
     best, floor = kept[-1] if kept else head, noise_floor(scores)
 
     print(f"benchmark:   {benchmark.id}, {benchmark.time_budget:g} s a run, {len(ledger)} rows")
-    print(f"noise floor: {floor:.6f}" if floor > 0 else "noise floor: unknown, no commit ran twice")
+    limits = f"; promising from {PROMISING * floor:.6f}, keep from {KEEP * floor:.6f}"
+    print(f"noise floor: {floor:.6f}{limits}" if floor > 0 else "noise floor: unknown, no commit ran twice")
     if len(kept) > 1:
         low = itertools.accumulate((worth(commit, scores) if commit else math.inf for commit in keeps), min)
         low = [score for score in low if score < math.inf]
         print(f"best so far: {sparkline(low)} {low[0]:.4f} to {low[-1]:.4f}")
     if kept:
         print(f"to beat:     {worth(best, scores):.6f}, {best}")
+    for run in (run for number, run in matched.items() if ledger[number]["commit"] == best != head):
+        print(f"  {run['val_bpb']:.6f} seed {run['seed']}, {run.get('steps', 0):,} steps")
     branch = git("branch", "--show-current") or "no branch"
     print(f"this commit: {head} on {branch}" + ", the one to beat" * (head == best))
     for run in runs:
         gained = f", gain {worth(best, scores) - run['val_bpb']:.6f}" if head not in kept and kept else ""
         state = ", does not count" if run in slow else ", no row yet" if run in new else ""
-        print(f"  {run['val_bpb']:.6f} seed {run['seed']}, {run.get('tokens', 0):,} tokens{gained}{state}")
+        print(f"  {run['val_bpb']:.6f} seed {run['seed']}, {run.get('steps', 0):,} steps{gained}{state}")
         for words in flags(run):
             print(f"  warning: {words}")
     for line in fallbacks():

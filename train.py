@@ -2,8 +2,8 @@
 The model and its training: a GPT, Muon and AdamW, and a loop that lasts as long as the benchmark's time budget.
 The agent rewrites this file as it likes; prepare.py times the training and scores the model.
 
-    uv run train.py > run.log 2>&1         # on CUDA, MPS or CPU, whichever is there
-    AUTORESEARCH_SEED=1 uv run train.py    # another seed: how large is the noise?
+    uv run train.py > run.log 2>&1         # on CUDA, MPS or CPU
+    AUTORESEARCH_SEED=1 uv run train.py    # another seed, for the noise
 
 Sections: Hyperparameters, Model, Attention, Optimizer, Schedules, Main
 """
@@ -603,10 +603,10 @@ def main():
 
     loader = make_dataloader(benchmark, "train", rows, device)
     status = Progress(max(10, benchmark.time_budget / 50))
-    step, previous = 0, None
 
     clock.start()
-    while clock.elapsed * (1 + 1 / max(1, step)) < benchmark.time_budget:  # else another step would end too late
+    step, previous, begun = 0, None, clock.elapsed  # preparations go above
+    while clock.elapsed + (clock.elapsed - begun) / max(1, step) < benchmark.time_budget:  # one more fits
         progress = clock.progress
         batches = [next(loader) for _ in range(accumulation)]
         loss = train_step(model, optimizers, batches, progress)

@@ -220,7 +220,7 @@ RECORD = """
 import prepare, sys, types
 benchmark = prepare.load_benchmark()
 clock = types.SimpleNamespace(origin={"prepare_sha256": "", "commit": sys.argv[1] * 4000}, elapsed=1.0, rows=0,
-                              slow_steps_percent=0.0, device=prepare.torch.device("cpu"))
+                              slow_steps_percent=0.0, ticks=[], device=prepare.torch.device("cpu"))
 for number in range(25):
     prepare.record_run(None, clock, benchmark, val_bpb=1000.0 + number)
 """

@@ -236,7 +236,7 @@ def test_journal_and_best(benchmark):
     assert run["holdout_bpb"] == pytest.approx(
         brute_force(Bigram(512, 2.0), benchmark.rows("holdout"), benchmark.token_bytes()), rel=2e-6
     )
-    assert run["tokens"] == 3 * 4 * 64 and run["seed"] == 42 and run["benchmark"] == benchmark.id
+    assert run["tokens"] == 3 * 4 * 64 and run["steps"] == 0 and run["seed"] == 42 and run["benchmark"] == benchmark.id
     assert run["same_prepare"] and run["prepare_sha256"] == prepare.sha256(ROOT / "prepare.py")
     assert 0 <= run["training_seconds"] < run["total_seconds"] and run["peak_memory_mb"] > 1
     assert set(run) >= {"time", "commit", "dirty", "train_sha256", "device"}

@@ -121,13 +121,16 @@ def test_a_night(night):
         assert next_of(night.status()) == (
             f"run the baseline with seed {seed + 1}" if seed < 3 else "a new idea, before <until>"
         )
-    assert "noise floor: 0.010000\n" in night.status() and f"to beat:     1.000000, {start}\n" in night.status()
+    assert (
+        "noise floor: 0.010000; promising from 0.002500, keep from 0.005000\n" in night.status()
+        and f"to beat:     1.000000, {start}\n" in night.status()
+    )
 
     idea = night.commit()
     assert next_of(night.status()).startswith("run it with seed 1; if it has crashed write the row: ")
     night.run(0.980)
     text = night.status()
-    assert "  0.980000 seed 1, 0 tokens, gain 0.020000, no row yet\n" in text
+    assert "  0.980000 seed 1, 0 steps, gain 0.020000, no row yet\n" in text
     assert next_of(text) == f"write the row: {idea} 0.980000 2.0 discard (promising)"
     night.row(0.980, "discard")
     text = night.status()
@@ -149,7 +152,9 @@ def test_a_night(night):
     night.git("reset", "-q", "--hard", "HEAD^")
     worse = night.commit()
     night.run(1.2)
-    assert next_of(night.status()) == f"write the row: {worse} 1.200000 2.0 discard"
+    text = night.status()
+    assert next_of(text) == f"write the row: {worse} 1.200000 2.0 discard"
+    assert "  0.980000 seed 1, 0 steps\n  0.985000 seed 2, 0 steps\n" in text, "the runs of the one to beat"
     night.row(1.2, "discard")
     assert next_of(night.status()) == f"store it as refs/tries/{worse}, reset to {idea}"
 
@@ -171,12 +176,12 @@ def test_a_night(night):
 def test_disturbed_runs_do_not_count_and_end(night):
     start = night.git("rev-parse", "--short=7", "HEAD")
     for seed, score in ((1, 0.995), (2, 1.005)):
-        night.run(score, seed, tokens=1000)
+        night.run(score, seed, steps=1000)
         night.row(score, "keep")
-    for number, signs in enumerate(({"slow_steps_percent": 30.0}, {"tokens": 100}, {"tokens": 490}), 1):
-        night.run(1.1 + number, 3, **{"tokens": 1000, **signs})  # the load was steady: no step was slower than others
+    for number, signs in enumerate(({"slow_steps_percent": 30.0}, {"steps": 100}, {"steps": 490}), 1):
+        night.run(1.1 + number, 3, **{"steps": 1000, **signs})  # the load was steady: no step was slower than others
         text = night.status()
-        assert f"  {1.1 + number:.6f} seed 3, {signs.get('tokens', 1000):,} tokens, does not count\n" in text
+        assert f"  {1.1 + number:.6f} seed 3, {signs.get('steps', 1000):,} steps, does not count\n" in text
         if number < 3:
             assert next_of(text) == "disturbed, is the machine idle? Run it again with seed 3"
     assert next_of(text) == f"disturbed three times, give it up: write the row: {start} 0.000000 0.0 crash"

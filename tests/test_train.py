@@ -744,5 +744,6 @@ def test_end_to_end(benchmark):
     assert journal[-1]["train_sha256"] == prepare.sha256(ROOT / "train.py")
     assert 0 < float(values["val_bpb"]) < 6 and float(values["training_seconds"]) <= 3.3
     assert float(values["total_seconds"]) > float(values["training_seconds"])
+    assert journal[-1]["steps"] == int(values["num_steps"])
     assert journal[-1]["tokens"] == pytest.approx(1e6 * float(values["total_tokens_M"]), abs=5e4)
     assert len(log.splitlines()) <= 60 and max(map(len, log.splitlines())) < 250
