@@ -44,35 +44,47 @@ def free_ports(count):
         return [str(one.getsockname()[1]) for one in sockets]
 
 
-@pytest.fixture
-def cluster(environment, prepared):
-    """Two nodes of one CPU, each with a home of its own, as two machines have. Yields the second one and its home."""
-    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
-    (prepare.HOME / "current").write_text(prepared)
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets have short paths
+def start_nodes(environment, folder, nodes):
+    """Appends the processes of two nodes of one CPU, each with a home of its own, as two machines have."""
     port, dashboard, *agents = free_ports(4)
-    shared = ["--num-cpus=1", "--disable-usage-stats", "--block", f"--temp-dir={folder}"]
-    head = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
-    other = [f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.1", '--resources={"second": 1}']
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}"]
+    other = [f"--address=127.0.0.1:{port}", '--resources={"second": 1}']
     environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    nodes = []
+    for words, home, agent in ((head, prepare.HOME, agents[0]), (other, folder / "home", agents[1])):
+        command = [Path(sys.executable).parent / "ray", "start", *words, "--disable-usage-stats", "--block"]
+        command += ["--node-ip-address=127.0.0.1", "--num-cpus=1", f"--temp-dir={folder}"]
+        command += [f"--dashboard-agent-listen-port={agent}"]
+        path = folder / f"node{len(nodes)}.log"
+        with open(path, "w") as log:
+            here = environment | {"AUTORESEARCH_HOME": str(home)}
+            nodes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
+        wait_for(lambda: "Ray runtime started" in path.read_text(), 120)
 
-    def start(words, home, agent_port):
-        command = [Path(sys.executable).parent / "ray", "start", *words, *shared]
-        command += [f"--dashboard-agent-listen-port={agent_port}"]
-        log = open(folder / f"node{len(nodes)}.log", "w")
-        here = environment | {"AUTORESEARCH_HOME": str(home)}
-        nodes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
 
-    start(head, prepare.HOME, agents[0])
-    wait_for(lambda: "Ray runtime started" in (folder / "node0.log").read_text(), 60)
-    start(other, folder / "home", agents[1])
-    wait_for(lambda: "Ray runtime started" in (folder / "node1.log").read_text(), 60)
-    yield nodes[1], folder / "home"
+def stop_nodes(nodes, how):
     for node in reversed(nodes):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGTERM)
+            os.killpg(node.pid, how)
         node.wait(30)
+
+
+@pytest.fixture
+def cluster(environment, prepared):
+    """Yields the second node and its home."""
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    (prepare.HOME / "current").write_text(prepared)
+    for tries_left in (2, 1, 0):  # on a busy machine a node of Ray's now and then waits for another forever
+        folder, nodes = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), []  # sockets have short paths
+        try:
+            start_nodes(environment, folder, nodes)
+            break
+        except AssertionError:
+            print(*(path.read_text() for path in folder.glob("*.log")))
+            stop_nodes(nodes, signal.SIGKILL)
+            if not tries_left:
+                raise
+    yield nodes[1], folder / "home"
+    stop_nodes(nodes, signal.SIGTERM)
     shutil.rmtree(folder, ignore_errors=True)
 
 
