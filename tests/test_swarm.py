@@ -44,47 +44,41 @@ def free_ports(count):
         return [str(one.getsockname()[1]) for one in sockets]
 
 
-def start_nodes(environment, folder, nodes):
-    """Appends the processes of two nodes of one CPU, each with a home of its own, as two machines have."""
+# The command `ray` without its server for clients, which on a busy machine gives up after 30 s and ends the whole node.
+RAY = """
+import ray._private.utils, sys
+ray._private.utils.get_ray_client_dependency_error = lambda: "not needed"
+from ray.scripts.scripts import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def cluster(environment, prepared):
+    """Two nodes of one CPU, each with a home of its own, as two machines have. Yields the second one and its home."""
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    (prepare.HOME / "current").write_text(prepared)
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets have short paths
     port, dashboard, *agents = free_ports(4)
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}"]
     other = [f"--address=127.0.0.1:{port}", '--resources={"second": 1}']
     environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    nodes = []
     for words, home, agent in ((head, prepare.HOME, agents[0]), (other, folder / "home", agents[1])):
-        command = [Path(sys.executable).parent / "ray", "start", *words, "--disable-usage-stats", "--block"]
+        command = [sys.executable, "-c", RAY, "start", *words, "--disable-usage-stats", "--block"]
         command += ["--node-ip-address=127.0.0.1", "--num-cpus=1", f"--temp-dir={folder}"]
         command += [f"--dashboard-agent-listen-port={agent}"]
         path = folder / f"node{len(nodes)}.log"
         with open(path, "w") as log:
             here = environment | {"AUTORESEARCH_HOME": str(home)}
             nodes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
-        wait_for(lambda: "Ray runtime started" in path.read_text(), 120)
-
-
-def stop_nodes(nodes, how):
+        wait_for(lambda: "Ray runtime started" in path.read_text() or nodes[-1].poll() is not None, 150)
+        assert nodes[-1].poll() is None, path.read_text()
+    yield nodes[1], folder / "home"
     for node in reversed(nodes):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(node.pid, how)
+            os.killpg(node.pid, signal.SIGTERM)
         node.wait(30)
-
-
-@pytest.fixture
-def cluster(environment, prepared):
-    """Yields the second node and its home."""
-    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
-    (prepare.HOME / "current").write_text(prepared)
-    for tries_left in (2, 1, 0):  # on a busy machine a node of Ray's now and then waits for another forever
-        folder, nodes = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), []  # sockets have short paths
-        try:
-            start_nodes(environment, folder, nodes)
-            break
-        except AssertionError:
-            print(*(path.read_text() for path in folder.glob("*.log")))
-            stop_nodes(nodes, signal.SIGKILL)
-            if not tries_left:
-                raise
-    yield nodes[1], folder / "home"
-    stop_nodes(nodes, signal.SIGTERM)
     shutil.rmtree(folder, ignore_errors=True)
 
 
