@@ -586,9 +586,7 @@ def write_rows(path, rows, row_length):
 def build(dataset, settings, groups, num_shards):
     """Write a benchmark's files into the folder .building under HOME. Returns it, and what was counted."""
     folder = HOME / ".building"
-    shutil.rmtree(
-        folder, ignore_errors=True
-    )  # left by a build that was killed: we hold the lock, so nobody is using it
+    shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed: we hold the lock, so nobody is using it
     folder.mkdir()
     row_length, split = settings["max_seq_len"] + 1, settings["long_documents"] == "split"
     wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"]}
@@ -601,9 +599,7 @@ def build(dataset, settings, groups, num_shards):
         read = lambda: itertools.chain.from_iterable(map(parquet_batches, files))  # noqa: E731
     first = sum(1 for _ in parquet_batches(files[0])) if dataset == "climbmix" else 0  # batches of the validation shard
     characters_per_token = 5  # a first guess, doubled until it is enough
-    while (
-        True
-    ):  # what is scored comes first: that shard, or groups of their own for validation and then for the holdout
+    while True:  # scored text comes first: that shard, or groups of their own for validation and then for the holdout
         reserved, parts = first, []
         for count in () if first else wanted.values():
             needed = count * row_length * characters_per_token
@@ -1082,11 +1078,8 @@ def record_run(model, clock, benchmark, **scores):
             with open(path, "a") as journal:
                 journal.write("\n" * torn + json.dumps(run) + "\n")
             if run["val_bpb"] < best and run["same_prepare"]:
-                save_best(
-                    best_path,
-                    model,
-                    {name: run[name] for name in ("commit", "val_bpb")} | {"device": clock.device.type},
-                )
+                origin = {"commit": run["commit"], "val_bpb": run["val_bpb"], "device": clock.device.type}
+                save_best(best_path, model, origin)
     except OSError as error:
         why = f"scored, val_bpb {run['val_bpb']:.6f}, but not recorded: {error}; fix it and run again"
         raise SystemExit(why) from None
@@ -1228,6 +1221,7 @@ def match_runs(ledger, journal, since=""):
 def flags(run):
     """Reasons to look at a run of the journal more closely: a list of sentences. (Older runs have fewer keys.)"""
     run = defaultdict(int, time_budget=math.inf) | run
+    seconds, budget = run["training_seconds"], run["time_budget"]
     files = ", ".join(os.path.basename(file) for file in run["files_read"] or ())
     raised = {
         "prepare.py was not the one that prepared the benchmark": run["same_prepare"] is False,
@@ -1236,10 +1230,8 @@ def flags(run):
         f"read scored rows (validation or holdout): {run['scored_rows_read']}": run["scored_rows_read"],
         f"read {run['untimed_rows']} training rows outside of the timed part": run["untimed_rows"] > 0,
         f"read files, perhaps from an earlier run: {files}": files,
-        f"trained for {run['training_seconds']:.1f} s, budget {run['time_budget']:g} s": run["training_seconds"]
-        > LATE_FLAG * run["time_budget"],
-        f"scored for {run['scoring_seconds']:.0f} s, was the machine busy?": run["scoring_seconds"]
-        > max(60, run["time_budget"]),
+        f"trained for {seconds:.1f} s, budget {budget:g} s": seconds > LATE_FLAG * budget,
+        f"scored for {run['scoring_seconds']:.0f} s, was the machine busy?": run["scoring_seconds"] > max(60, budget),
         f"{run['slow_steps_percent']:.0f}% of the time in slow steps": run["slow_steps_percent"] > SLOW_FLAG,
         f"used {run['gpus']} GPUs": run["gpus"] > 1,
     }
@@ -1322,9 +1314,8 @@ def print_hub(benchmark, ledger):
 def fallbacks(path="run.log"):
     """The lines of a log in which train.py says what did not work or does not train."""
     log = Path(path).read_text(errors="replace") if Path(path).exists() else ""
-    return re.findall(
-        r"^(?:CPU|COMPILE|DEVICE_BATCH_SIZE): .*|^attention: \w+ not used.*|^\S+ has no gradient.*", log, re.M
-    )
+    said = r"^(?:CPU|COMPILE|DEVICE_BATCH_SIZE): .*|^attention: \w+ not used.*|^\S+ has no gradient.*"
+    return re.findall(said, log, re.M)
 
 
 def sparkline(values, width=60):
@@ -1453,9 +1444,7 @@ def main(arguments=None):
         return print_status()
     branch = git("branch", "--show-current") or ""
     if branch.startswith("autoresearch/"):
-        raise SystemExit(
-            f"branch {branch} is in the middle of a night, whose benchmark is fixed: leave the branch first"
-        )
+        raise SystemExit(f"branch {branch} is a night under way, whose benchmark is fixed: leave the branch first")
     if not options.dataset:
         options.dataset = "climbmix" if torch.cuda.is_available() else "local"
         why = "this machine has CUDA" if torch.cuda.is_available() else "no CUDA here"

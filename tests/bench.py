@@ -209,6 +209,11 @@ def predict_all():
 
 if __name__ == "__main__":
     what = sys.argv[1] if len(sys.argv) > 1 else None
-    predict_all() if what == "--gpu" else predict(what) if what in VARIANTS else segment(
-        what == "plain"
-    ) if what else main()
+    if what == "--gpu":
+        predict_all()
+    elif what in VARIANTS:
+        predict(what)
+    elif what:
+        segment(what == "plain")
+    else:
+        main()

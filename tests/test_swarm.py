@@ -95,9 +95,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     second, second_home = cluster
     agent = Agent(new_repository(tmp_path / "clone", environment), environment, LINES)
     agent.edit(*WEAKER, *UNHURRIED)
-    agent.edit(
-        ("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py"
-    )  # two trainings on two cores: any step may be late
+    agent.edit(("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py")  # with two trainings any step may be late
     agent.git("commit", "-qam", "weak")
     agent.sh("cluster")
     agent.sh("branch", tag="wave")
