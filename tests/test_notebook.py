@@ -63,6 +63,12 @@ def test_a_night(cells, capsys):
     assert "no samples: there is no best.pt to load" in text
 
 
+def test_final_runs_leave_the_picture_as_it_was(cells):
+    final = [f"{commit}\t{score}\t1.0\tkeep\tfinal run\n" for commit, score in (("aaaaaaa", 1.001), ("eeeeeee", 0.988))]
+    rows = [list(cells(ledger)["kept"]["row"]) for ledger in (NIGHT, NIGHT + "".join(final))]
+    assert rows[0] == rows[1] == [0, 3, 7]
+
+
 TABS = HEADER + "aaaaaaa\t1.0\t1.0\tkeep\tbaseline\tof\ttoday\n"
 AWKWARD = {  # ledger, scores, statuses
     "missing file": (None, [], []),
