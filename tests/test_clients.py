@@ -202,10 +202,12 @@ def test_a_night(client):
     steps = [read, *idea("again", *worse), *run("again", 1, "again")]
     (client.folder / "run.log").unlink()
     process, _ = client.start(steps)
-    for _ in range(600):
-        if (client.folder / "run.log").exists() and "compiling what is new" in (client.folder / "run.log").read_text():
+    log = client.folder / "run.log"
+    for _ in range(3000):  # a busy machine starts a client in a minute
+        if log.exists() and "compiling what is new" in log.read_text():
             break
         time.sleep(0.1)
+    assert log.exists()
     process.kill()
     process.server.kill()
     time.sleep(20)  # the training may outlive its client
