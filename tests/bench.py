@@ -102,7 +102,9 @@ def main():
     best = {}
     for _ in range(ROUNDS):
         for kind in ("train.py", "plain"):
-            output = subprocess.run([sys.executable, __file__, kind], capture_output=True, text=True, check=True).stdout
+            output = subprocess.run(
+                [sys.executable, __file__, "segment", kind], capture_output=True, text=True, check=True
+            ).stdout
             found = json.loads(output.splitlines()[-1])
             best[kind] = max(best.get(kind, found), found, key=lambda one: one["tokens"])
     ours, plain = best["train.py"], best["plain"]
@@ -204,16 +206,18 @@ def predict_all():
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | build(Path(folder)) | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         for variant in VARIANTS:
-            subprocess.run([sys.executable, __file__, variant], env=environment, check=True)
+            subprocess.run([sys.executable, __file__, "predict", variant], env=environment, check=True)
 
 
 if __name__ == "__main__":
-    what = sys.argv[1] if len(sys.argv) > 1 else None
-    if what == "--gpu":
-        predict_all()
-    elif what in VARIANTS:
-        predict(what)
-    elif what:
-        segment(what == "plain")
-    else:
-        main()
+    match sys.argv[1:]:
+        case []:
+            main()
+        case ["--gpu"]:
+            predict_all()
+        case ["predict", variant]:
+            predict(variant)
+        case ["segment", kind]:
+            segment(kind == "plain")
+        case _:
+            sys.exit("bench.py: takes nothing, or --gpu")
