@@ -238,7 +238,6 @@ def shell_blocks(document, names):
 
 PROGRAM = shell_blocks("program.md", ["look", "branch", "commit", "run", "row", "reset", "where"])
 WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
-WEAKER = [(rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK]
 UNHURRIED = [  # a busy machine is no failure: small steps, and half of the budget
     (r"^    while clock\.elapsed", "    while 2 * clock.elapsed"),
     (r"^(TOTAL_BATCH_SIZE) = .*", r"\1 = 2**10"),
@@ -252,6 +251,12 @@ def replace(path, *edits):
         source, count = re.subn(old, new, source, flags=re.M)
         assert count, f"nothing to edit: {old}"
     path.write_text(source)
+
+
+def weaken(folder):
+    """Leave room for a gain in the train.py of a folder, and let no run count as disturbed."""
+    replace(folder / "train.py", *((rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK), *UNHURRIED)
+    replace(folder / "prepare.py", ("^SLOW_FLAG = .*", "SLOW_FLAG = 101"), ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
 
 
 class Agent:

@@ -1,5 +1,5 @@
 """
-A night with the real Claude Code and the real Codex, whose model is scripted (model_server.py), and real 3-second runs:
+A night with the real Claude Code and the real Codex, whose model is scripted, and real runs of 3 seconds:
 
     npm install --no-save --prefix .clients @anthropic-ai/claude-code@2.1.331 @openai/codex@0.169.0
     uv run pytest -m clients
@@ -8,15 +8,14 @@ No account, no network. Every shell line comes from program.md, with its words f
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import PROGRAM, ROOT, UNHURRIED, WEAK, WEAKER, new_repository, replace
+from conftest import PROGRAM, ROOT, WEAK, new_repository, weaken
+from scripted_model import ScriptedModel
 
 import prepare
 
@@ -46,31 +45,20 @@ class Client:
         (home.parent / "tmp").mkdir()
         (home / ".cache").mkdir(parents=True)
         (home / ".cache" / "autoresearch").symlink_to(environment["AUTORESEARCH_HOME"])
-        self.sessions = 0
 
     def start(self, steps):
-        """Start a session that plays these steps; returns the process and the file that records what came back."""
-        self.sessions += 1
-        script, record = (self.home.parent / f"{kind}-{self.sessions}.json" for kind in ("steps", "record"))
+        """Start a session that plays these steps; returns the process and its model."""
         if self.name == "claude":  # wants full paths
             steps = [
                 s | {"edit": [str(self.folder / s["edit"][0]), *s["edit"][1:]]} if "edit" in s else s for s in steps
             ]
-        script.write_text(json.dumps(steps))
-        watched = ":".join(str(self.folder / file) for file in JUDGES)
-        server = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "model_server.py", script, record],
-            env=os.environ | {"WATCH": watched},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        model = ScriptedModel(steps, [self.folder / file for file in JUDGES])
         if self.name == "claude":
             trust = {"projects": {str(self.folder): {"hasTrustDialogAccepted": True}}, "hasCompletedOnboarding": True}
             (self.home / ".claude.json").write_text(json.dumps(trust))
             quiet = ("DISABLE_TELEMETRY", "DISABLE_ERROR_REPORTING", "DISABLE_AUTOUPDATER")
             quiet = dict.fromkeys((*quiet, "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"), "1")
-            environment = self.environment | quiet | {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "none"}
+            environment = self.environment | quiet | {"ANTHROPIC_BASE_URL": model.url, "ANTHROPIC_API_KEY": "none"}
             command = [BIN / "claude", "-p", "Have a look at program.md"]
         else:
             (self.home / ".codex").mkdir(exist_ok=True)
@@ -79,18 +67,15 @@ class Client:
 model_provider = "scripted"
 [model_providers.scripted]
 name = "scripted"
-base_url = "{url}/v1"
+base_url = "{model.url}/v1"
 wire_api = "responses"
 env_key = "KEY"
 '''
             )
             environment, command = self.environment, [BIN / "codex", "exec", "--trust", "Have a look at program.md"]
-        log = open(self.home.parent / f"log-{self.sessions}.txt", "w")
-        process = subprocess.Popen(
-            command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
-        process.server = server
-        return process, record
+        with open(self.home.parent / "log.txt", "a") as log:
+            streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            return subprocess.Popen(command, cwd=self.folder, env=environment, **streams), model
 
     def git(self, *words):
         command = ["git", "-c", "user.name=Human", "-c", "user.email=human@example.org", *words]
@@ -109,14 +94,13 @@ env_key = "KEY"
 
     def play(self, steps, seconds=900):
         """Play these steps to the end; returns what came back, by the names of the steps."""
-        process, record = self.start(steps)
+        process, model = self.start(steps)
         try:
             process.wait(seconds)
         finally:
             process.kill()
-            process.server.kill()
-        lines = [json.loads(line) for line in record.read_text().splitlines()]
-        return {line["name"]: line for line in lines if "index" in line}
+            model.close()
+        return model.came
 
 
 @pytest.fixture(params=["claude", "codex"])
@@ -128,7 +112,7 @@ def client(request, prepared, tmp_path, environment):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("analysis.ipynb", "program_swarm.md", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    replace(folder / "train.py", *WEAKER, *UNHURRIED)
+    weaken(folder)
     for command in (["add", "-A"], ["commit", "-qm", "weak"]):
         subprocess.run(["git", *command], cwd=folder, env=environment, check=True)
     return Client(request.param, folder, tmp_path / "home", environment)
@@ -201,7 +185,7 @@ def test_a_night(client):
     # the client dies in mid-run; another session goes on from what the status says
     steps = [read, *idea("again", *worse), *run("again", 1, "again")]
     (client.folder / "run.log").unlink()
-    process, _ = client.start(steps)
+    process, model = client.start(steps)
     log = client.folder / "run.log"
     for _ in range(3000):  # a busy machine starts a client in a minute
         if log.exists() and "compiling what is new" in log.read_text():
@@ -209,7 +193,7 @@ def test_a_night(client):
         time.sleep(0.1)
     assert "compiling what is new" in log.read_text()
     process.kill()
-    process.server.kill()
+    model.close()
     time.sleep(20)  # the training may outlive its client
     came = client.play_well([bash("where", PROGRAM["where"])])
     assert "autoresearch/test" in came["where"]

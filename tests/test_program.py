@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from conftest import PROGRAM, UNHURRIED, WEAK, WEAKER, Agent, new_repository
+from conftest import PROGRAM, WEAK, Agent, new_repository, weaken
 
 import prepare
 
@@ -53,7 +53,7 @@ def agent(prepared, tmp_path, environment):
     (prepare.HOME / "current").write_text(prepared)
     (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
     agent = Researcher(new_repository(tmp_path / "clone", environment), environment, PROGRAM)
-    agent.edit(*WEAKER, *UNHURRIED)
+    weaken(agent.folder)
     agent.git("commit", "-qam", "weak")
     return agent
 

@@ -22,7 +22,7 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import PROGRAM, SMALL, TEXT, UNHURRIED, WEAK, WEAKER, Agent, new_repository, shell_blocks
+from conftest import PROGRAM, SMALL, TEXT, WEAK, Agent, new_repository, shell_blocks, weaken
 
 import prepare
 
@@ -94,7 +94,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     """Four experiments, two at a time: the baseline, a gain, a crash, and one that loses its node and runs again."""
     second, second_home = cluster
     agent = Agent(new_repository(tmp_path / "clone", environment), environment, LINES)
-    agent.edit(*WEAKER, *UNHURRIED)
+    weaken(agent.folder)
     agent.edit(("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py")  # with two trainings any step may be late
     agent.git("commit", "-qam", "weak")
     agent.sh("cluster")

@@ -1,0 +1,170 @@
+"""
+A scripted model for Claude Code and Codex: a server that plays a list of tool calls, one a turn, and keeps what comes
+back. Claude Code speaks POST /v1/messages, Codex POST /v1/responses, both with server-sent events for answers.
+
+A step is a dict with a "name" and "bash": command (and "timeout" in ms), "edit": [path, old, new] or "read": path. In a
+command, {{name:regex}} stands for the first group of the regex in the result of the step of that name.
+"""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TIMEOUT = 120_000
+
+
+class ScriptedModel:
+    """Serves at `url` until it is closed. Files in `watched` are put back after a step that changed them."""
+
+    def __init__(self, steps, watched=()):
+        self.steps = steps
+        self.watched = {path: path.read_bytes() for path in watched}
+        self.came = {}  # name of a step -> its result, whether that is an error, which watched files it changed
+        self.lock = threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"model": self}))
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def call(self):
+        """The id of the call that is made next, or whose result has not come back."""
+        return f"call_step_{len(self.came):04}"
+
+    def came_back(self, result, error=False):
+        changed = [
+            path.name for path, before in self.watched.items() if not path.is_file() or path.read_bytes() != before
+        ]
+        for path, before in self.watched.items():
+            path.write_bytes(before)
+        name = self.steps[len(self.came)]["name"]
+        self.came[name] = {"result": result, "error": error, "changed": changed}
+
+    def next_step(self):
+        """The next step with its command filled in, or None."""
+        if len(self.came) == len(self.steps):
+            return None
+        step = self.steps[len(self.came)]
+
+        def found(match):
+            hit = re.search(match[2], self.came[match[1]]["result"], re.M)
+            return hit[1] if hit else "NOT-FOUND"
+
+        return step | {"bash": re.sub(r"\{\{([\w ,.-]+):(.*?)\}\}", found, step.get("bash", ""))}
+
+
+def text_of(content):
+    """The text of a tool result, of either API."""
+    if isinstance(content, dict):
+        content = content.get("content") or content.get("output")
+    return content if isinstance(content, str) else "".join(block.get("text", "") for block in content or [])
+
+
+def claude_turn(model, body):
+    """Takes the results; returns a message with the next call, and its events. Without tools there is no call."""
+    block = {"type": "text", "text": "done"}
+    if {"Bash", "Edit"} <= {tool["name"] for tool in body.get("tools", [])}:
+        for message in body["messages"]:
+            for part in message["content"] if isinstance(message["content"], list) else []:
+                if part["type"] == "tool_result" and part["tool_use_id"] == model.call:
+                    model.came_back(text_of(part.get("content")), bool(part.get("is_error")))
+        if step := model.next_step():
+            if "edit" in step:
+                name, given = "Edit", dict(zip(("file_path", "old_string", "new_string"), step["edit"]))
+            elif "read" in step:
+                name, given = "Read", {"file_path": step["read"]}
+            else:
+                given = {"command": step["bash"], "description": step["name"], "timeout": step.get("timeout", TIMEOUT)}
+                name = "Bash"
+            block = {"type": "tool_use", "id": model.call, "name": name, "input": given}
+    stop = {"stop_reason": "tool_use" if block["type"] == "tool_use" else "end_turn", "stop_sequence": None}
+    usage = {"input_tokens": 100, "output_tokens": 10}
+    message = {"id": "msg", "type": "message", "role": "assistant", "model": body.get("model"), "content": [], **stop}
+    if block["type"] == "tool_use":
+        start = block | {"input": {}}
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+    else:
+        start, delta = block | {"text": ""}, {"type": "text_delta", "text": block["text"]}
+    events = [
+        {"type": "message_start", "message": message | {"usage": usage, "stop_reason": None}},
+        {"type": "content_block_start", "index": 0, "content_block": start},
+        {"type": "content_block_delta", "index": 0, "delta": delta},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": stop, "usage": usage},
+        {"type": "message_stop"},
+    ]
+    return message | {"usage": usage, "content": [block]}, events
+
+
+def codex_turn(model, body):
+    """As claude_turn. A command that takes long comes back while it runs, in pieces that are asked for one by one."""
+    pieces = [
+        text_of(item["output"])
+        for item in body["input"]
+        if item.get("call_id", "").startswith(model.call) and "output" in item
+    ]
+    running = re.search(r"running with session ID (\d+)", pieces[-1]) if pieces else None
+    if pieces and not running:
+        model.came_back("".join(pieces))
+        pieces = []
+    step = model.next_step()
+    call = {"id": f"item_{model.call}_{len(pieces)}", "call_id": f"{model.call}_{len(pieces)}", "status": "completed"}
+    if step is None:
+        text = {"type": "output_text", "text": "done", "annotations": []}
+        item = {"type": "message", "role": "assistant", "content": [text], **call}
+    elif running:
+        given = {"session_id": int(running[1]), "chars": "", "yield_time_ms": TIMEOUT}
+        item = {"type": "function_call", "name": "write_stdin", "arguments": json.dumps(given), **call}
+    elif "edit" in step:
+        path, old, new = step["edit"]
+        lines = [*(f"-{line}" for line in old.split("\n")), *(f"+{line}" for line in new.split("\n"))]
+        patch = "\n".join(["*** Begin Patch", f"*** Update File: {path}", "@@", *lines, "*** End Patch"])
+        item = {"type": "custom_tool_call", "name": "apply_patch", "input": patch, **call}
+    else:
+        command = f"head -n 20 {step['read']}" if "read" in step else step["bash"]
+        given = {"cmd": command, "yield_time_ms": step.get("timeout", TIMEOUT)}
+        item = {"type": "function_call", "name": "exec_command", "arguments": json.dumps(given), **call}
+    usage = {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110}
+    answer = {"id": "resp", "object": "response", "status": "completed", "output": [item], "usage": usage}
+    events = [
+        {"type": "response.created", "response": answer | {"status": "in_progress", "output": []}},
+        {"type": "response.output_item.added", "output_index": 0, "item": item},
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.completed", "response": answer},
+    ]
+    return answer, events
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.reply(json.dumps({"data": [], "models": []}))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        path = self.path.split("?")[0]
+        turn = claude_turn if path.endswith("/messages") else codex_turn if path.endswith("/responses") else None
+        if turn is None:
+            return self.reply(json.dumps({"input_tokens": 1000}))
+        with self.model.lock:
+            answer, events = turn(self.model, body)
+        if not body.get("stream"):
+            return self.reply(json.dumps(answer))
+        lines = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
+        self.reply("".join(lines), "text/event-stream")
+
+    def reply(self, text, kind="application/json"):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *arguments):
+        pass
