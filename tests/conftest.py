@@ -175,7 +175,7 @@ def hub(tmp_path, home, monkeypatch):
     for shard in (0, prepare.VALIDATION_SHARD):
         write_parquet(handler.folder / f"shard_{shard:05}.parquet", stories(10 * shard, 900))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(prepare, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(prepare, "DOWNLOAD_TIMEOUT", (1, 0.5))
