@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ONE_SHARD, SMALL, TEXT, TINY, every_byte, snapshot, stories, story_numbers, write_parquet
+from conftest import ONE_SHARD, TINY, every_byte, snapshot, stories, story_numbers, write_parquet
 
 import prepare
 
@@ -40,25 +40,20 @@ def batches_of(folder):
     return list(prepare.local_batches(prepare.find_text([str(folder)]), prepare.Counter()))
 
 
-def test_local_benchmark(benchmark, capsys):
-    assert benchmark.id == benchmark.path.name and benchmark.id.startswith("local-T64-V512-3s-")
-    assert (benchmark.max_seq_len, benchmark.vocab_size, benchmark.time_budget, benchmark.seed) == (64, 512, 3, 42)
-    assert benchmark.rows("val").shape == (40, 65) and benchmark.rows("holdout").shape == (20, 65)
-    for split in ("train", "val", "holdout"):
-        rows = np.array(benchmark.rows(split))
-        assert rows.dtype == np.uint16 and (rows[:, 0] == 508).all() and rows.max() < 512
-    before = snapshot(benchmark.path)
-    prepare.main(["--text", *TEXT, *SMALL])
-    assert "prepared in" not in capsys.readouterr().out and snapshot(benchmark.path) == before
-
-
-def test_other_flags_make_another_benchmark_beside_it(home, book):
+def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
     prepare.main(book)
     first = prepare.load_benchmark()
+    assert first.id == first.path.name and first.id.startswith("local-T32-V300-1s-")
+    assert (first.max_seq_len, first.vocab_size, first.time_budget, first.seed) == (32, 300, 1, 42)
+    assert first.rows("val").shape == (6, 33) and first.rows("holdout").shape == (3, 33)
+    before = snapshot(first.path)
+    capsys.readouterr()
+    prepare.main(book)
+    assert "prepared in" not in capsys.readouterr().out and snapshot(first.path) == before
     prepare.main([*book, "--time-budget", "2"])
     second = prepare.load_benchmark()
     assert first.id != second.id and first.path.exists() and second.time_budget == 2
-    assert (first.path / "train.npy").read_bytes() == (second.path / "train.npy").read_bytes()
+    assert (second.path / "train.npy").read_bytes() == before["train.npy"]
     assert not [path for path in home.iterdir() if path.name.endswith("tmp") or path.name == ".building"]
 
 
@@ -184,39 +179,27 @@ def status(code, **headers):
     return fault
 
 
-def slow_first_byte(handler, content):
+def answer(change=bytes, **options):
+    """The file, changed or in part."""
+    return lambda handler, content: handler.answer(change(content), **options)
+
+
+HTML = answer(lambda content: b"<html>Please log in</html>")
+
+
+def wait(handler, content):
     time.sleep(1.5)
 
 
 def stall(handler, content):
-    handler.answer(content, end=len(content) // 2)
-    time.sleep(1.5)
+    handler.answer(content, end=-20_000)
+    wait(handler, content)
 
 
 def reset(handler, content):
-    handler.answer(content, end=len(content) // 2)
+    handler.answer(content, end=-10_000)
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
-
-
-def shorter(handler, content):
-    handler.answer(content, end=len(content) - 100)
-
-
-def without_ranges(handler, content):
-    handler.answer(content, resume=False)
-
-
-def html(handler, content):
-    handler.answer(b"<html>Please log in</html>")
-
-
-def other_bytes(handler, content):
-    handler.answer(b"x" * len(content))
-
-
-def longer(handler, content):
-    handler.answer(content + b"x" * 100)
 
 
 def another_column(handler, content):
@@ -245,10 +228,10 @@ def flipped_and_tagged(handler, content):
 RECOVERS = {
     "server error": [status(500), status(502), status(503)],
     "429": [status(429, Retry_After="1")],
-    "slow first byte": [slow_first_byte],
-    "cut off": [stall, reset, shorter],
-    "no ranges": [shorter, without_ranges],
-    "not parquet": [html, other_bytes, longer],
+    "slow first byte": [wait],
+    "cut off": [stall, reset, answer(end=-100)],
+    "no ranges": [answer(end=-100), answer(resume=False)],
+    "not parquet": [HTML, answer(lambda content: b"x" * len(content)), answer(lambda content: content + b"x" * 100)],
     "flipped bit": [flipped_and_tagged, redirect, flipped],
 }
 
@@ -269,7 +252,7 @@ def test_a_download_recovers(hub, fault):
 FAILS = {
     "HTTP 404": status(404),
     "HTTP 500": status(500),
-    "not a parquet file": html,
+    "not a parquet file": HTML,
     "column `text`": another_column,
     "sha256": flipped_and_tagged,
 }
