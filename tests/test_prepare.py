@@ -313,8 +313,8 @@ RECORDS = "".join(json.dumps({"text": story}) + "\n" for story in stories(0, 200
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        (None, [], "no such file or folder"),
-        ({}, [], "no .txt"),
+        ({}, [], "no such file or folder"),
+        ({"a.png": ""}, [], "no .txt"),
         ({"a.txt": "short"}, [], "too small"),
         ({"a.txt": "abc " * 60_000}, ["--vocab-size", "5000"], "supports .* at most"),
         ({"a.txt": "".join(stories(0, 900))}, ["--val-rows", "9000"], "too small"),
@@ -325,10 +325,8 @@ RECORDS = "".join(json.dumps({"text": story}) + "\n" for story in stories(0, 200
     ],
 )
 def test_bad_text(home, tmp_path, text, arguments, message):
-    if text is not None:
-        (tmp_path / "text").mkdir()
     with pytest.raises(SystemExit, match=message) as stop:
-        prepare_text(tmp_path, text or {}, *arguments)
+        prepare_text(tmp_path, text, *arguments)
     assert len(str(stop.value).splitlines()) == 1
     assert not (home / "current").exists() and not list(home.glob("*/benchmark.json"))
 
