@@ -46,6 +46,7 @@ def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
     assert first.id == first.path.name and first.id.startswith("local-T32-V300-1s-")
     assert (first.max_seq_len, first.vocab_size, first.time_budget, first.seed) == (32, 300, 1, 42)
     assert first.rows("val").shape == (6, 33) and first.rows("holdout").shape == (3, 33)
+    assert all((first.rows(split)[:, 0] == 300 - 4).all() for split in ("train", "val", "holdout"))  # BOS
     before = snapshot(first.path)
     capsys.readouterr()
     prepare.main(book)
