@@ -46,13 +46,15 @@ def quick_compiler(monkeypatch):
     monkeypatch.setattr("torch._inductor.cpu_vec_isa.VecISA.check_build", lambda isa, code: True)
 
 
-def shape(vocab_size=512, max_seq_len=64):
-    return types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=max_seq_len, seed=1)
+def shape(vocab_size=512):
+    return types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=64, seed=1)
 
 
-def build(vocab_size=512, max_seq_len=64):
-    model = train.build_model(shape(vocab_size, max_seq_len), CPU)
-    return model, torch.randint(vocab_size, (3, max_seq_len + 1))
+def build(vocab_size=512, module=train, **options):
+    """A model, and inputs and targets of three rows."""
+    model = module.build_model(shape(vocab_size), CPU, **options)
+    ids = torch.randint(vocab_size, (3, 65))
+    return model, ids[:, :-1], ids[:, 1:]
 
 
 def awaken(model):
@@ -88,24 +90,14 @@ assert model.flops_per_token() == 6 * matrices + 12 * 640 * (7 * 256 + 2 * 2048)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_first_loss_is_that_of_guessing(both):
-    model, ids = build()
-    lost_to_copies = [0.0]  # at most what is taken from the head, where no copy is right
-    if train.POINTER:
-        softplus = torch.nn.functional.softplus
-        model.pointer.register_forward_hook(lambda *call: lost_to_copies.append(softplus(call[2][1]).mean().item()))
-    assert -0.01 < model(ids[:, :-1], ids[:, 1:]).item() - math.log(512) < lost_to_copies[-1] + 0.01
-    assert len(lost_to_copies) == 1 + train.POINTER
-
-
 def test_logits_and_loss_agree(both):
-    model, ids = build()
+    model, inputs, targets = build()
     awaken(model)
-    logits = model(ids[:, :-1])
+    logits = model(inputs)
     assert logits.shape == (3, 64, 512) and logits.dtype == torch.float32
     assert not train.LOGIT_CAP or logits.abs().max() < train.LOGIT_CAP
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    loss = model(ids[:, :-1], ids[:, 1:])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss = model(inputs, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for ours, theirs in zip(gradients(loss, model), gradients(expected, model)):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
@@ -116,15 +108,10 @@ def gradients(loss, model):
     return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
 
 
-def test_windows(small, monkeypatch):
-    assert build()[0].windows == [8, 8, 8, 8, 64]
-    monkeypatch.setattr(train, "DEPTH", 9)
-    assert build(max_seq_len=2048)[0].windows == [256, 256, 256, 256, 2048, 256, 256, 256, 2048]
-
-
-def test_value_embeddings_in_every_other_block_and_the_last(small):
-    model, _ = build()
-    assert [block.attention.value_embeds is not None for block in model.blocks] == [True, False, True, False, True]
+def test_the_last_block_sees_all_and_has_value_embeddings_as_every_other_one(small):
+    layers = [block.attention for block in build()[0].blocks]
+    assert [layer.window for layer in layers] == [8, 8, 8, 8, 64]
+    assert [layer.value_embeds is not None for layer in layers] == [True, False, True, False, True]
 
 
 def test_pointer_against_a_naive_loop(small):
@@ -145,9 +132,9 @@ def test_pointer_against_a_naive_loop(small):
 
 def test_logits_are_those_of_a_mixture(small):
     """A token is drawn by the head or, with the pointer's odds, copied from where the row has it."""
-    model, ids = build(vocab_size=20)
+    model, inputs, _ = build(vocab_size=20)
     awaken(model)
-    inputs, x = ids[:, :-1], torch.randn(3, 64, 64)
+    x = torch.randn(3, 64, 64)
     likelihoods = model.logits(x, inputs).softmax(dim=-1)
     head = torch.nn.functional.linear(train.norm(x), model.lm_head.weight).softmax(dim=-1)
     weights, odds = model.pointer(train.norm(x))
@@ -168,16 +155,13 @@ def test_smear_adds_a_share_of_the_token_before():
 
 def test_half_of_the_keys_are_of_the_token_before(small):
     """A head with such keys sees what stands at a place by what stood before it."""
-    seen = []
+    seen, rotary = [], build()[0].rotary
     attention = train.Attention(64, lambda q, k, v, window: seen.append(k) or v, 0)
     x = torch.randn(2, 7, 64)
-    attention(x, None, build()[0].rotary)
-    rotated = [
-        train.norm(train.rotate(k.view(2, 7, 2, 32), build()[0].rotary))
-        for k in (attention.key(train.shift(x)), attention.key(x))
-    ]
-    assert torch.allclose(seen[0][:, :, 0], rotated[0][:, :, 0], atol=1e-5)
-    assert torch.allclose(seen[0][:, :, 1], rotated[1][:, :, 1], atol=1e-5)
+    attention(x, None, rotary)
+    for head, tokens in enumerate((train.shift(x), x)):
+        keys = attention.key(tokens).view(2, 7, 2, 32)
+        assert torch.allclose(seen[0][:, :, head], train.norm(train.rotate(keys, rotary))[:, :, head], atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -197,11 +181,10 @@ def test_ngrams_are_of_a_token_and_those_before(small, n):
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance(small):
-    model, _ = build()
-    q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 64, 1, 32)
-    q, k = train.rotate(q, model.rotary), train.rotate(k, model.rotary)
-    assert torch.allclose(q.norm(dim=-1), q.norm(dim=-1)[:, :1].expand(1, 64, 1), atol=1e-5)
-    scores = (q[0, :, 0] @ k[0, :, 0].T).numpy()
+    rotary, vectors = build()[0].rotary, torch.randn(2, 32)
+    q, k = (train.rotate(vector.expand(1, 64, 1, 32), rotary)[0, :, 0] for vector in vectors)
+    assert torch.allclose(q.norm(dim=-1), vectors[0].norm(), atol=1e-5)
+    scores = (q @ k.T).numpy()
     for distance in (0, 3, 20):
         assert scores.diagonal(-distance) == pytest.approx(scores[distance, 0], abs=1e-4)
 
@@ -228,28 +211,6 @@ def test_banded_windows(window):
     assert (ours - naive).norm() < 0.01 * naive.norm()
     for mine, theirs in zip(*(torch.autograd.grad(y.sum(), p) for y, p in ((ours, low), (naive, (q, k, v))))):
         assert (mine - theirs).norm() < 0.02 * theirs.norm()
-
-
-def stub_kernel(monkeypatch, flash_attn_func):
-    """Stand in for the kernels hub, and let the CPU pass for a Hopper GPU."""
-    kernel = types.SimpleNamespace(flash_attn_func=flash_attn_func)
-    stub = types.SimpleNamespace(get_kernel=lambda repo_id, revision: kernel)
-    monkeypatch.setitem(sys.modules, "kernels", stub)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(train, "varlen", varlen)
-    monkeypatch.setattr(
-        train, "probe_attention", lambda f, device, dtype, probe=train.probe_attention: probe(f, CPU, dtype)
-    )
-
-
-def varlen(q, k, v, window):
-    return train.banded(q, k, v, window)
-
-
-def flash_attention(q, k, v, causal, window_size):
-    assert causal and window_size[1] == 0
-    return train.banded(q, k, v, q.size(1) if window_size[0] < 0 else window_size[0]), None
 
 
 KERNEL = """import train
@@ -325,26 +286,29 @@ def test_hub_kernel_is_fetched_once_and_then_taken_without_network(tmp_path):
 
 @pytest.mark.parametrize("fault", ["wrong", "window", "raises", "missing", "card"])
 def test_hub_kernel_falls_through(small, monkeypatch, capsys, fault):
-    def broken(q, k, v, causal, window_size):
+    def kernel(q, k, v, causal, window_size):
         if fault == "raises":
             raise RuntimeError("no kernel image is available for execution on the device\nmore lines")
-        return flash_attention(q, k, v, causal, (-1, 0))[0] * (1.1 if fault == "wrong" else 1)
+        window = q.size(1) if fault == "window" else window_size[0]
+        return train.banded(q, k, v, window) * (1.1 if fault == "wrong" else 1)
 
-    stub_kernel(monkeypatch, broken)
-    if fault == "missing":
-        monkeypatch.setitem(sys.modules, "kernels", None)
-    if fault == "card":
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    chosen = train.choose_attention(types.SimpleNamespace(type="cuda"), torch.bfloat16, False)
+    hub = types.SimpleNamespace(get_kernel=lambda **_: types.SimpleNamespace(flash_attn_func=kernel))
+    monkeypatch.setitem(sys.modules, "kernels", None if fault == "missing" else hub)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9) if fault == "card" else (9, 0))
+    probe = train.probe_attention
+    monkeypatch.setattr(train, "probe_attention", lambda back_end, device, dtype: probe(back_end, CPU, dtype))
+    monkeypatch.setattr(train, "varlen", lambda *arguments: train.banded(*arguments))
+    assert train.choose_attention(types.SimpleNamespace(type="cuda"), torch.bfloat16, False) is train.varlen
     lines = capsys.readouterr().out.splitlines()
-    assert chosen is varlen and len(lines) == 1 and lines[0].startswith("attention: flash3 not used (")
+    assert len(lines) == 1 and lines[0].startswith("attention: flash3 not used (")
 
 
 # --------------------------------------
 # Optimizer and schedules
 
 
-def edited(*edits, **constants):
+def edited(*edits):
     """train.py as a module after edits of its text, small: what an agent would have written."""
     source = (ROOT / "train.py").read_text()
     for old, new in edits:
@@ -352,120 +316,75 @@ def edited(*edits, **constants):
         source = source.replace(old, new)
     module = types.ModuleType("edited")
     exec(compile(source, "train.py", "exec"), vars(module))
-    vars(module).update(TINY | constants)
+    vars(module).update(TINY)
     return module
 
 
-LAMBDAS = "        self.resid_lambdas ="
+ADDED = """
+        self.gain = nn.Parameter(torch.ones(()))
+        self.gains = nn.ParameterList(torch.ones(MODEL_DIM) for _ in range(2))
+        self.other = nn.Embedding(vocab_size, MODEL_DIM)
+        self.mix = nn.Linear(MODEL_DIM, MODEL_DIM)
+        self.conv = nn.Conv1d(MODEL_DIM, MODEL_DIM, 3, groups=MODEL_DIM)
+        self.frozen = nn.Linear(MODEL_DIM, MODEL_DIM, bias=False).requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(()))
+        self.idle = Linear(MODEL_DIM, MODEL_DIM)
+"""
 WTE, EMBED = "self.wte(inputs)", "norm(self.wte(inputs) + ngrams.flatten(2)).to(self.dtype)"
 
 
-def adding(*lines):
+def adding(lines):
     """The edit that makes something in GPT.__init__."""
-    return LAMBDAS, "".join(f"        {line}\n" for line in lines) + LAMBDAS
+    return "        self.resid_lambdas =", f"{lines}        self.resid_lambdas ="
 
 
-ADDITIONS = {  # name: edits, and the parameters that must train
-    "a scalar": (
-        [adding("self.gain = nn.Parameter(torch.ones(()))"), (EMBED, f"self.gain * {EMBED}")],
-        ["gain"],
-    ),
-    "SwiGLU": (
-        [
-            ("        self.up = ", "        self.gate = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)\n        self.up = "),
-            ("F.relu(self.up(x)).square()", "F.silu(self.gate(x)) * self.up(x)"),
-        ],
-        ["blocks.0.mlp.gate.weight"],
-    ),
-    "a second embedding": (
-        [adding("self.other = nn.Embedding(vocab_size, MODEL_DIM)"), (WTE, f"{WTE} + self.other(inputs)")],
-        ["other.weight"],
-    ),
-    "a Linear outside the blocks": (
-        [adding("self.mix = nn.Linear(MODEL_DIM, MODEL_DIM)"), (WTE, f"self.mix({WTE})")],
-        ["mix.weight", "mix.bias"],
-    ),
-    "a convolution": (
-        [
-            adding("self.conv = nn.Conv1d(MODEL_DIM, MODEL_DIM, 3, groups=MODEL_DIM)"),
-            (WTE, f"self.conv(F.pad({WTE}.mT, (2, 0))).mT"),
-        ],
-        ["conv.weight", "conv.bias"],
-    ),
-    "a list": (
-        [
-            adding("self.gains = nn.ParameterList(torch.ones(MODEL_DIM) for _ in range(2))"),
-            (EMBED, f"self.gains[0] * self.gains[1] * {EMBED}"),
-        ],
-        ["gains.0", "gains.1"],
-    ),
-}
-
-
-@pytest.mark.parametrize("addition", ADDITIONS)
-def test_what_an_agent_adds_trains(addition):
-    edits, names = ADDITIONS[addition]
-    module = edited(*edits)
-    model = module.build_model(shape(), CPU)
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    assert all(before[name].any() for name in names), "initialized where it was made"
-    optimizers, ids = module.build_optimizers(model), torch.randint(512, (3, 65))
-    batch = ids[:, :-1], ids[:, 1:]
-    losses = [module.train_step(model, optimizers, [batch], step / 6).item() for step in range(6)]
-    assert losses[-1] < losses[0]
-    for name, weight in model.named_parameters():
-        assert not torch.equal(weight, before[name]), f"{name} does not train"
-
-
-def test_tied_embeddings_are_refused_by_name():
-    tied = edited(adding("self.lm_head.weight = self.wte.weight"))
-    with pytest.raises(SystemExit, match="wte.weight is in 2 groups of build_optimizers"):
-        tied.build_optimizers(tied.build_model(shape(), CPU))
-
-
-def test_a_parameter_in_no_group_is_refused_by_name():
-    dropped = edited(('dict(params=members["scalars"], lr=SCALAR_LR, weight_decay=0.0),', ""))
-    with pytest.raises(SystemExit, match="resid_lambdas is in 0 groups of build_optimizers"):
-        dropped.build_optimizers(dropped.build_model(shape(), CPU))
-
-
-def test_what_is_frozen_stays_and_what_is_unused_is_named(capsys):
+def test_what_an_agent_adds_trains_and_what_is_unused_is_named(capsys):
     module = edited(
-        adding(
-            "self.frozen = nn.Parameter(torch.ones(()), requires_grad=False)",
-            "self.unused = nn.Parameter(torch.ones(()))",
-            "self.idle = Linear(MODEL_DIM, MODEL_DIM)",
-        ),
-        (EMBED, f"self.frozen * {EMBED}"),
+        adding(ADDED),
+        (EMBED, f"self.gain * self.gains[0] * self.gains[1] * {EMBED}"),
+        (WTE, f"self.conv(F.pad(self.mix(self.frozen({WTE}) + self.other(inputs)).mT, (2, 0))).mT"),
+        ("        self.up = ", "        self.gate = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)\n        self.up = "),
+        ("F.relu(self.up(x)).square()", "F.silu(self.gate(x)) * self.up(x)"),
     )
     module.rehearse(2, 1, shape(), CPU)
-    assert capsys.readouterr().out.splitlines() == [
-        f"{name} has no gradient: it does not train" for name in ("unused", "idle.weight")
-    ]
-    model = module.build_model(shape(), CPU)
-    ids = torch.randint(512, (3, 65))
-    module.train_step(model, module.build_optimizers(model), [(ids[:, :-1], ids[:, 1:])], 0.0)
-    assert model.frozen == 1
+    unused = ["unused", "idle.weight"]
+    assert capsys.readouterr().out.splitlines() == [f"{name} has no gradient: it does not train" for name in unused]
+
+    model, *batch = build(module=module)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    added = ["gain", "gains.0", "gains.1", "other.weight", "mix.weight", "mix.bias", "conv.weight", "conv.bias"]
+    assert all(before[name].any() for name in [*added, "blocks.0.mlp.gate.weight"]), "initialized where it was made"
+    optimizers = module.build_optimizers(model)
+    losses = [module.train_step(model, optimizers, [batch], step / 6).item() for step in range(6)]
+    assert losses[-1] < losses[0]
+    same = {name for name, weight in model.named_parameters() if torch.equal(weight, before[name])}
+    assert same == {"frozen.weight", "unused"}  # a matrix that is idle decays
 
 
-def test_every_parameter_in_exactly_one_group(both):
-    model, _ = build()
-    groups = [group for optimizer in train.build_optimizers(model) for group in optimizer.param_groups]
-    grouped = [weight for group in groups for weight in group["params"]]
-    assert len(grouped) == len({id(weight) for weight in grouped})
-    assert {id(weight) for weight in grouped} == {id(weight) for weight in model.parameters()}
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (adding("        self.lm_head.weight = self.wte.weight\n"), "wte.weight is in 2 groups of build_optimizers"),
+        (('dict(params=members["scalars"], lr=SCALAR_LR, weight_decay=0.0),', ""), "resid_lambdas is in 0 groups"),
+    ],
+    ids=["tied", "dropped"],
+)
+def test_a_parameter_that_is_not_in_one_group_is_refused_by_name(edit, message):
+    module = edited(edit)
+    with pytest.raises(SystemExit, match=message):
+        module.build_optimizers(build(module=module)[0])
 
 
 def test_weights_and_state_are_float32(both):
     """In bfloat16 small steps would be lost, and second moments would never change."""
-    model = train.build_model(shape(), CPU, torch.bfloat16)
-    optimizers, ids = train.build_optimizers(model), torch.randint(512, (3, 65))
-    loss = train.train_step(model, optimizers, [(ids[:, :-1], ids[:, 1:])], 0.0)
+    model, *batch = build(dtype=torch.bfloat16)
+    optimizers = train.build_optimizers(model)
+    loss = train.train_step(model, optimizers, [batch], 0.0)
     assert loss.dtype == torch.float32 and {weight.grad.dtype for weight in model.parameters()} == {torch.float32}
     state = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
     assert state and {tensor.dtype for tensor in (*model.parameters(), *state)} == {torch.float32}
     block = model.blocks[0]
-    assert block(torch.zeros(1, 64, 64).bfloat16(), 0, 1, 0, ids[:1, :-1], model.rotary).dtype == torch.bfloat16
+    assert block(torch.zeros(1, 64, 64).bfloat16(), 0, 1, 0, batch[0][:1], model.rotary).dtype == torch.bfloat16
 
 
 def test_rows_that_were_used_are_updated(small):
@@ -484,12 +403,13 @@ def test_rows_that_were_used_are_updated(small):
             squares[row] = 0.95 * squares[row] + 0.05 * gradient[row].square().mean()
             expected[row] -= 0.1 * gradient[row] / squares[row].sqrt()
         assert torch.allclose(table.weight, expected, atol=1e-6)
-    assert torch.allclose(optimizer.state[table.weight]["squares"][:, 0], squares)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1, 1e4])
 @pytest.mark.parametrize("shape", [(3, 40, 40), (2, 16, 64), (1, 1, 8)])
-def test_orthogonalize_against_svd(shape):
-    X = torch.randn(shape)
+def test_orthogonalize_against_svd(shape, size):
+    """Whatever the size of the gradient, so that a step has the size that the learning rate says."""
+    X = size * torch.randn(shape)
     U, _, V = torch.linalg.svd(X, full_matrices=False)
     Y = train.orthogonalize(X, torch.float32)
     values = torch.linalg.svdvals(Y)
@@ -497,27 +417,17 @@ def test_orthogonalize_against_svd(shape):
     assert torch.nn.functional.cosine_similarity(Y.flatten(1), (U @ V).flatten(1)).min() > 0.95
 
 
-def muon(weights, compiled=False, **settings):
-    group = dict(params=weights, lr=0.1, weight_decay=0.0, momentum=0.9)
-    return train.Muon([group | settings], torch.float32, compiled)
-
-
-def test_muon_update():
-    """Without decay the step has the size that the learning rate says, whatever the size of the gradient."""
-    for shape in ((32, 32), (64, 16), (16, 64)):
-        for size in (1e-4, 1e4):
-            weight = torch.nn.Parameter(torch.zeros(shape))
-            weight.grad = size * torch.randn(shape)
-            muon([weight]).step()
-            assert weight.norm().item() == pytest.approx(0.1 * math.sqrt(min(shape)), rel=0.15)
+def muon(weights, compiled=False):
+    group = dict(params=weights, lr=0.1, weight_decay=0.2, momentum=0.9)
+    return train.Muon([group], torch.float32, compiled)
 
 
 @pytest.mark.parametrize("shape", [(32, 8), (8, 32), (16, 16)])
 def test_stacked_matrices_step_as_each_alone_would(shape):
-    """Against a loop: second moments are per row, of wide matrices per column."""
+    """Against a loop: second moments are per row, of wide matrices per column, and decay is cautious."""
     weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
     alone = [weight.detach().clone() for weight in weights]
-    optimizer = muon(weights, weight_decay=0.2)
+    optimizer = muon(weights)
     tall = shape[0] >= shape[1]
     momenta, squares = [torch.zeros(shape) for _ in weights], [torch.zeros(max(shape)) for _ in weights]
     for _ in range(3):
@@ -542,23 +452,11 @@ def test_rates_of_matrices_grow_with_their_height(small):
     assert rates == {(64, 64): 1, (256, 64): 2, (64, 256): 1, (2, 16): 1}
 
 
-def test_weight_decay_is_cautious():
-    weight = torch.nn.Parameter(torch.randn(16, 16))
-    steps = []
-    for decay in (0.0, 0.5):
-        copy = torch.nn.Parameter(weight.detach().clone())
-        copy.grad = torch.ones(16, 16).tril() + torch.eye(16)
-        muon([copy], weight_decay=decay).step()
-        steps.append(weight.detach() - copy.detach())
-    plain, decayed = steps
-    assert torch.allclose(decayed - plain, 0.05 * weight * (plain * weight >= 0), atol=1e-6)
-
-
 def test_compiled_updates_are_the_same(quick_compiler):
     def result(compiled):
         torch.manual_seed(3)
         weights = [torch.nn.Parameter(torch.randn(8, 4)) for _ in range(2)]
-        optimizer = muon(weights, compiled, weight_decay=0.1)
+        optimizer = muon(weights, compiled)
         for _ in range(3):
             for weight in weights:
                 weight.grad = torch.randn(weight.shape)
@@ -593,30 +491,23 @@ def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, capsys, wheel):
     assert ("finds no GPU" if wheel else "has no CUDA") in capsys.readouterr().out
 
 
-def test_accumulation_is_the_mean(both):
+def test_accumulation_is_the_mean(small):
     results = []
     for split in (1, 3):
-        torch.manual_seed(5)
-        model, ids = build()
-        batches = [(part[:, :-1], part[:, 1:]) for part in ids.chunk(split)]
+        model, *batch = build()
+        batches = list(zip(*(part.chunk(split) for part in batch)))
         loss = train.train_step(model, train.build_optimizers(model), batches, 0.5)
         results.append((loss.item(), model.lm_head.weight.detach().clone()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
 
 
-def test_training_learns(both):
-    model, ids = build()
+def test_training_starts_with_guesses_and_learns(both):
+    model, *batch = build()
     optimizers = train.build_optimizers(model)
-    losses = [train.train_step(model, optimizers, [(ids[:, :-1], ids[:, 1:])], step / 30).item() for step in range(30)]
-    assert losses[-1] < 0.5 * losses[0]
-
-
-def sitting(monkeypatch, **constants):
-    """Run main() in this process, small and uncompiled."""
-    for name, value in constants.items():
-        monkeypatch.setattr(train, name, value)
-    return train.main()
+    losses = [train.train_step(model, optimizers, [batch], step / 15).item() for step in range(15)]
+    lost_to_copies = 0.3 if train.POINTER else 0  # the pointer takes from the head, and no copy is right
+    assert -0.01 < losses[0] - math.log(512) < lost_to_copies + 0.01 and losses[-1] < 0.5 * losses[0]
 
 
 OUT_OF_MEMORY = [
@@ -695,13 +586,13 @@ def test_a_run_that_had_to_fall_back_says_so(benchmark, monkeypatch, capfd):
     assert summary["batch"] == "2,048 tokens in 2 x 16 rows" and 0 < float(summary["val_bpb"]) < 6
 
 
-def test_nan_ends_the_run(small, benchmark, monkeypatch):
+def test_nan_ends_the_run(benchmark, monkeypatch):
+    set_constants(monkeypatch, TOTAL_BATCH_SIZE=2048, DEPTH=2, EMBEDDING_LR=math.nan)
     with pytest.raises(SystemExit, match="stopped at step"):
-        sitting(monkeypatch, TOTAL_BATCH_SIZE=2048, DEPTH=2, EMBEDDING_LR=math.nan)
-    prepare.TrainingClock(benchmark, "cpu").lock.release()
+        train.main()
 
 
-def test_a_training_does_not_depend_on_its_rehearsal(small, benchmark, monkeypatch):
+def test_a_training_does_not_depend_on_its_rehearsal(benchmark, monkeypatch):
     """Neither weights nor random numbers (as dropout would draw) know that there was one."""
 
     class Enough(Exception):
@@ -717,32 +608,29 @@ def test_a_training_does_not_depend_on_its_rehearsal(small, benchmark, monkeypat
         return remembering.last
 
     firsts = []
+    set_constants(monkeypatch, TOTAL_BATCH_SIZE=2048, DEPTH=2)
     monkeypatch.setattr(train, "build_model", remembering)
     monkeypatch.setattr(prepare.TrainingClock, "start", lambda clock: start())
     for rehearse in (train.rehearse, lambda *arguments: None):
         monkeypatch.setattr(train, "rehearse", rehearse)
         with pytest.raises(Enough):
-            sitting(monkeypatch, TOTAL_BATCH_SIZE=2048, DEPTH=2)
-        prepare.TrainingClock(benchmark, "cpu").lock.release()
+            train.main()
     assert all(torch.equal(a, b) for a, b in zip(*firsts))
 
 
 def test_end_to_end(benchmark):
     """The untouched file in a process of its own, without torch.compile to save a minute: every key, in order."""
-    before = len(prepare.read_journal(benchmark.path))
+    before = prepare.read_journal(benchmark.path)
     result = run("train.py", AUTORESEARCH_SEED="3", TORCHDYNAMO_DISABLE="1")
     assert result.returncode == 0, result.stderr
     log, summary = result.stdout.split("\n---\n")
-    values = dict(line.split(":", 1) for line in summary.splitlines())
-    assert list(values) == KEYS and all(value.startswith(" ") for value in values.values())
-    journal = prepare.read_journal(benchmark.path)
-    assert len(journal) == before + 1
-    assert float(values["val_bpb"]) == pytest.approx(journal[-1]["val_bpb"], abs=1e-6)
-    assert journal[-1]["slow_steps_percent"] == float(values["slow_steps_percent"])
-    assert journal[-1]["seed"] == 3 and journal[-1]["script"] == "train.py"
-    assert journal[-1]["train_sha256"] == prepare.sha256(ROOT / "train.py")
-    assert 0 < float(values["val_bpb"]) < 6 and float(values["training_seconds"]) <= 3.3
-    assert float(values["total_seconds"]) > float(values["training_seconds"])
-    assert journal[-1]["steps"] == int(values["num_steps"])
-    assert journal[-1]["tokens"] == pytest.approx(1e6 * float(values["total_tokens_M"]), abs=5e4)
     assert len(log.splitlines()) <= 60 and max(map(len, log.splitlines())) < 250
+    values = dict(line.split(": ", 1) for line in summary.splitlines())
+    assert list(values) == KEYS and float(values["training_seconds"]) <= 3.3
+    assert float(values["total_seconds"]) > float(values["training_seconds"])
+    *others, row = prepare.read_journal(benchmark.path)
+    assert others == before and row["script"] == "train.py" and row["seed"] == 3
+    assert row["train_sha256"] == prepare.sha256(ROOT / "train.py")
+    assert 0 < row["val_bpb"] < 6 and row["val_bpb"] == pytest.approx(float(values["val_bpb"]), abs=1e-6)
+    assert row["slow_steps_percent"] == float(values["slow_steps_percent"]) and row["steps"] == int(values["num_steps"])
+    assert row["tokens"] == pytest.approx(1e6 * float(values["total_tokens_M"]), abs=5e4)
