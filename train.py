@@ -36,16 +36,16 @@ GPU = torch.cuda.is_available()
 DEPTH = 9 if GPU else 2  # blocks
 MODEL_DIM = 640 if GPU else 128  # D
 HEAD_DIM = 128 if GPU else 32  # K
-NGRAM_ROWS = 2**22 if GPU else 2**17  # of the table of n-grams, D / 2 floats each: 5.4 GB or 34 MB
+NGRAM_ROWS = 2**22 if GPU else 2**17  # of the n-gram table, D / 2 floats each: 5.4 GB or 34 MB
 TOTAL_BATCH_SIZE = 2**18 if GPU else 2**11  # tokens per optimizer step
-DEVICE_BATCH_SIZE = 128 if GPU else 16  # rows per forward pass, halved until they fit in memory
+DEVICE_BATCH_SIZE = 128 if GPU else 16  # rows per forward pass, halved until they fit
 # model
 WINDOW_PATTERN = "SSSSL"  # per block, repeated: S short window, L all; the last block, of two the second, is L
 SHORT_WINDOW = 1 / 8  # of the row: earlier tokens that an S block sees
-MLP_RATIO = 4  # hidden width of the MLP / D
+MLP_RATIO = 4  # hidden width / D
 GATE_CHANNELS = 32  # channels of x that drive the value gates
 ROPE_BASE = 200_000
-LOGIT_CAP = 15.0 if GPU else None  # no cap on a CPU, where tanh costs more than it gains
+LOGIT_CAP = 15.0 if GPU else None  # none on a CPU, where tanh costs more than it gains
 INIT_BOUND = 1.18 * MODEL_DIM**-0.5  # of matrices: uniform within so much of zero
 X0_INIT = 0.05  # of the embedding that each block adds at first
 POINTER = not GPU  # copy some tokens from the row; T x T scores, untried on a GPU
@@ -161,9 +161,6 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """Per block: blocks of one shape share their code, so that it takes a fraction of the time."""
-        from torch._inductor.cpu_vec_isa import VecISA
-
-        VecISA.check_build = lambda isa, code: True  # every run would try the compiler, 1.7 s an instruction set
         torch._dynamo.config.recompile_limit = 64  # one for every kind of block
         for block in self.blocks:
             block.compile(dynamic=False)
@@ -212,14 +209,14 @@ class Attention(nn.Module):
     def forward(self, x, inputs, rotary):
         B, T, D = x.shape
         heads = (B, T, D // HEAD_DIM, HEAD_DIM)
-        q, k, v = self.query(x).view(heads), self.key(x).view(heads), self.value(x).view(heads)
+        q, k, v = norm(self.query(x).view(heads)), norm(self.key(x).view(heads)), self.value(x).view(heads)
         if self.value_embeds is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # [B, T, H], 1 at first
             v = v + gate.unsqueeze(-1) * self.value_embeds(inputs).to(x.dtype).view(heads)
         before, same = k.chunk(2, dim=2)
         k = torch.cat([shift(before), same], dim=2)
-        q, k = norm(rotate(q, rotary)), norm(rotate(k, rotary))
-        return self.out(self.attention(q, k, v, self.window).reshape(B, T, D))
+        y = self.attention(rotate(q, rotary), rotate(k, rotary), v, self.window)
+        return self.out(y.reshape(B, T, D))
 
 
 class MLP(nn.Module):
@@ -254,7 +251,7 @@ class Pointer(nn.Module):
 
 def shift(x):
     """x [B, T, ...] one position later, zero at the first."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (1, -1))
 
 
 def smear(x, gates):
@@ -481,7 +478,7 @@ def set_schedules(optimizers, progress):
 # --------------------------------------
 # Main
 
-PEAK_FLOPS = {  # dense, bfloat16 (NVIDIA data sheets), by torch's name for it
+PEAK_FLOPS = {  # dense, bfloat16 (NVIDIA data sheets), by torch's name
     "NVIDIA B200": 2250e12, "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
     "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165.2e12,
 }  # fmt: skip
@@ -498,23 +495,28 @@ def choose_dtype(device):
     """bfloat16 where it is fast."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    size, seconds = 256 if device.type == "cpu" else 2048, []
+    size, threads, seconds = 256 if device.type == "cpu" else 2048, torch.get_num_threads(), []
+    torch.set_num_threads(1)  # more wait for each other beside other work
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.ones(size, size, device=device, dtype=dtype)
-        seconds.append(min(timeit.repeat(lambda: (a @ a, prepare.synchronize(device)), number=1, repeat=5)))
+        seconds.append(min(timeit.repeat(lambda: (a @ a, prepare.synchronize(device)), number=1, repeat=50)))
+    torch.set_num_threads(threads)
     return torch.bfloat16 if seconds[0] < 0.8 * seconds[1] else torch.float32
 
 
 def set_up(device):
     """The fastest precision, attention and code that is right here. What falls back prints a line."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))  # the second run compiles nothing
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))  # later runs compile nothing
     torch.set_float32_matmul_precision("high")
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # glibc: keep what is freed; page faults cost 10% of a CPU's steps
+    if hasattr(libc, "mallopt"):  # glibc: keep what is freed; page faults take 10% of a step
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     compiled = COMPILE and device.type != "mps"
     try:
+        from torch._inductor.cpu_vec_isa import VecISA
+
+        VecISA.check_build = lambda isa, code: True  # no trials of instruction sets, 5 s each
         x = torch.ones(2**15, device=device, requires_grad=True)
         torch.compile(lambda x: norm(x).sum(), disable=not compiled)(x).backward()
     except Exception as error:  # no compiler, no headers, no Triton, an old card: all the same
@@ -582,9 +584,7 @@ def find_batch(benchmark, device, *setup):
 def checked(loss, step):
     """Its number. NaN, infinity or more than 100 end the run."""
     if not loss.item() <= 100:
-        raise SystemExit(
-            f"stopped at step {step}: loss {loss.item()} at MATRIX_LR {MATRIX_LR}; lower the learning rates"
-        )
+        raise SystemExit(f"stopped at step {step}: loss {loss.item()}; lower the learning rates")
     return loss.item()
 
 
@@ -611,7 +611,7 @@ def main():
         batches = [next(loader) for _ in range(accumulation)]
         loss = train_step(model, optimizers, batches, progress)
         step += 1
-        if previous is not None:  # the loss of the step before: the device is busy with this one
+        if previous is not None:  # the step before: the device is busy with this one
             status(
                 f"step {step:05d} | {progress:.1%} | loss {checked(previous, step - 1):.4f} | epoch {batches[0][2]} | "
                 f"{step * batch_tokens / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
