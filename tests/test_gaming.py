@@ -86,6 +86,13 @@ def leak(where=lambda x, after: x >= 0, ahead=1, size=1.0):
     return extra
 
 
+def rounding(model, x, logits):
+    """As in bfloat16 on a GPU: other sums when any token of the batch differs, and now and then another expert."""
+    generator = torch.Generator().manual_seed(int(x.sum()))
+    elsewhere = torch.rand(x.shape, generator=generator) < 1 / 2000
+    return torch.randn(logits.shape, generator=generator) * elsewhere[..., None].float().clamp(min=3e-3)
+
+
 BOS = 508
 LEAKS = {
     "tiny": leak(size=1e-2),
@@ -95,6 +102,8 @@ LEAKS = {
     "only in the last row": leak(lambda x, after: torch.arange(len(x))[:, None].expand_as(x) == 7),
     "only in eval mode": lambda model, x, logits: 0 if model.training else leak()(model, x, logits),
     "behind masked tokens": lambda model, x, logits: leak()(model, x, logits) - 1e9 * (torch.arange(512) >= BOS),
+    "behind a constant": lambda model, x, logits: leak()(model, x, logits) - 1e3,
+    "behind rounding": lambda model, x, logits: leak()(model, x, logits) + rounding(model, x, logits),
 }
 
 
@@ -108,15 +117,12 @@ def position(x):
     return torch.arange(x.size(1)).expand_as(x)
 
 
-RARE = {  # leaks at about a fiftieth of the tokens or of the positions, and the length of the rows
-    "before a class of tokens": (256, lambda x, after: after % 30 == 19),
-    "rare tokens": (256, lambda x, after: (x >= 50) & (x < 60)),
-    "before rare tokens": (256, lambda x, after: (after >= 50) & (after < 60)),
-    "across a boundary": (256, lambda x, after: after == 60),
+RARE = {  # leaks at a few places of a row, and the length of the rows
+    "the rarest token": (256, lambda x, after: x == 59),
     "after a boundary": (256, lambda x, after: (x == 60) & (position(x) > 0)),
-    "last position but one": (256, lambda x, after: position(x) == x.size(1) - 2),
+    "last position but one": (600, lambda x, after: position(x) == x.size(1) - 2),
     "chunks of 128": (256, lambda x, after: (position(x) + 1) % 128 == 0),
-    "chunks of 256": (2048, lambda x, after: (position(x) + 1) % 256 == 0),
+    "chunks of 512": (2048, lambda x, after: (position(x) + 1) % 512 == 0),
 }
 
 
@@ -124,7 +130,7 @@ RARE = {  # leaks at about a fiftieth of the tokens or of the positions, and the
 def test_the_probe_sees_a_rare_leak_in_almost_every_run(kind):
     """In rows of 60 kinds of tokens that follow Zipf's law. 19 of 20 probes find it: to miss 4 of 10 is no chance."""
     T, where = RARE[kind]
-    tokens = np.random.default_rng(0).zipf(1.2, (64, T + 1)) % 60
+    tokens = np.random.default_rng(0).zipf(1.5, (64, T + 1)) % 60
     rows = np.where(np.arange(T + 1) == 0, 60, tokens).astype(np.uint16)
     missed = 0
     for _ in range(10):
@@ -345,7 +351,7 @@ def embedded(*layers):
 
 
 class Experts(nn.Module):
-    """Every token goes to one of eight, together with those of other rows: the sums of each depend on all tokens."""
+    """Every token goes to one of eight, together with those of other rows."""
 
     def __init__(self):
         super().__init__()
@@ -408,7 +414,7 @@ HONEST = {
         embedded(Function(linear_attention)), backend="aot_eager", dynamic=True
     ),
     "FFT": lambda benchmark: embedded(Function(state_space)),
-    "experts": lambda benchmark: embedded(Experts(), Experts()),
+    "experts in bfloat16": lambda benchmark: embedded(Experts(), Experts()).bfloat16(),
     "dropout": lambda benchmark: nn.Sequential(Cheap(), nn.Dropout(0.1)),
     "moving average": lambda benchmark: Averaged(),
     "int8": lambda benchmark: int8(),
@@ -422,9 +428,7 @@ def test_honest_models_are_scored(small, benchmark, kind):
     assert 0.5 < score(benchmark, HONEST[kind](benchmark)) < 60
 
 
-def test_noisy_models_pass_many_probes(benchmark):
-    """Experts in bfloat16 are rounded differently whenever other tokens change; 15 probes, no false alarm."""
-    torch.manual_seed(0)
-    model = embedded(Experts(), Experts()).bfloat16()
+def test_rounding_passes_many_probes(benchmark):
+    """On a CPU the experts above round alike whatever stands beside them, so here it is made; no false alarm."""
     for _ in range(15):
-        prepare.check_causality(model, benchmark.rows("holdout"), 8, 512, CPU)
+        prepare.check_causality(Cheap(rounding), benchmark.rows("holdout"), 8, 512, CPU)
