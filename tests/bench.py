@@ -129,8 +129,19 @@ PLAIN = [  # train.py without what it adds to its model
     ("smear(norm(x), self.smear_gates[1])", "norm(x)"),
     ("k = torch.cat([shift(before), same], dim=2)", "pass"),
 ]
+LATE_NORM = [  # the reference normalizes what is rotated
+    (
+        "norm(self.query(x).view(heads)), norm(self.key(x).view(heads))",
+        "self.query(x).view(heads), self.key(x).view(heads)",
+    ),
+    ("rotate(q, rotary), rotate(k, rotary), v", "norm(rotate(q, rotary)), norm(rotate(k, rotary)), v"),
+]
 REFERENCE = dict(DEPTH=8, MODEL_DIM=512, WINDOW_PATTERN="SSSL", SHORT_WINDOW=1 / 2, TOTAL_BATCH_SIZE=2**19)
-VARIANTS = {"train.py": ([], {}), "without n-grams, smear, shifted keys": (PLAIN, {}), "reference": (PLAIN, REFERENCE)}
+VARIANTS = {
+    "train.py": ([], {}),
+    "without n-grams, smear, shifted keys": (PLAIN, {}),
+    "reference": (PLAIN + LATE_NORM, REFERENCE),
+}
 
 
 def predict(variant):

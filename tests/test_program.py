@@ -21,10 +21,10 @@ class Researcher(Agent):
     def next(self):
         return re.search(r"^next: (.*)", self.sh("where"), re.M)[1]
 
-    def attempt(self, idea, *edits, limit=60):
+    def attempt(self, idea, *edits):
         self.edit(*edits)
         self.sh("commit", idea=idea, prediction="-0.01")
-        return self.finish(idea, limit)
+        return self.finish(idea)
 
     def finish(self, idea, limit=60):
         """Go on until a new idea is wanted. Returns the status of the last row, and the end of the last log."""
@@ -59,11 +59,18 @@ def agent(prepared, tmp_path, environment):
 
 
 def test_a_night(agent):
-    """A keep, a discard, a syntax error, a NaN, a hang, a run over its budget, a kill in mid-run and what follows."""
+    """
+    A keep, a discard, a syntax error, a NaN, a run over its budget; a run that ends while nobody watches; one in which
+    the agent is killed and that hangs; and what follows.
+    """
     tracked = agent.git("ls-files")
     assert (prepare.HOME / "current").read_text() in agent.sh("look")
     agent.sh("branch", tag="test")
     start = agent.head()
+    agent.sh("run", seed=1, limit=60)
+    score = re.search(r"^val_bpb: +(\S+)", (agent.folder / "run.log").read_text(), re.M)[1]
+    agent = Researcher(agent.folder, agent.environment, PROGRAM)  # another one, who does not repeat it
+    assert re.fullmatch(rf"write the row: {start} {score} \S+ keep", agent.next())
     assert agent.finish("baseline")[0] == "keep"
     assert [(row[0], row[3]) for row in agent.rows()[1:]] == [(start, "keep")] * 3
 
@@ -74,10 +81,9 @@ def test_a_night(agent):
         "rates to nothing": agent.attempt("rates to nothing", (r"^(\w+_LR +)= ", r"\1= 1e-6 * ")),
         "a slip": agent.attempt("a slip", (r"^def norm\(x\):", "def norm(x:")),
         "wild rates": agent.attempt("wild rates", (r"^(\w+_LR +)= ", r"\1= 1e9 * ")),
-        "asleep": agent.attempt("asleep", (r"^def main\(\):", "def main():\n    time.sleep(1000)"), limit=4),
         "too slow": agent.attempt("too slow", (r"^    clock.stop\(\)", "    time.sleep(3)\n    clock.stop()")),
     }
-    assert [status for status, _ in results.values()] == ["discard", "crash", "crash", "crash", "crash"]
+    assert [status for status, _ in results.values()] == ["discard", "crash", "crash", "crash"]
     assert "SyntaxError" in results["a slip"][1]
     assert "loss nan" in results["wild rates"][1]
     assert "not scored: trained for" in results["too slow"][1]
@@ -94,62 +100,33 @@ def test_a_night(agent):
         time.sleep(0.1)
     shell.kill()
     shell.wait()
-    resumed = Researcher(agent.folder, agent.environment, PROGRAM)
-    assert "next: run it with seed 1" in resumed.sh("where")
-    resumed.sh("run", seed=1, limit=60)
+    agent = Researcher(agent.folder, agent.environment, PROGRAM)
+    assert agent.next().startswith("run it with seed 1")
+    agent.sh("run", seed=1, limit=60)
     log = (agent.folder / "run.log").read_text()
     os.kill(int(re.search(r"another training is running on cpu \(pid (\d+)\)", log)[1]), signal.SIGKILL)
-    assert resumed.finish("lost", limit=6)[0] == "crash"
-
-    # nothing is lost, and the branch holds the keeps
-    rows = resumed.rows()
-    assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"]
-    assert [row[4] for row in rows[1:]] == ["baseline"] * 3 + ["rates up"] * 2 + [*results, "lost"]
-    assert [row[3] for row in rows[1:]] == ["keep"] * 3 + ["discard", "keep", "discard"] + ["crash"] * 5
-    journal = prepare.read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
-    matched, unlisted = prepare.match_runs(prepare.read_ledger(agent.folder / "results.tsv"), journal)
-    assert [matched[number]["seed"] for number in range(6)] == [1, 2, 3, 1, 2, 1]
-    assert all(run["commit"][:7] in (start, kept, rows[6][0]) for run in unlisted)  # disturbed ones, on a busy machine
-    for commit, *_ in rows[1:]:
-        if commit not in (start, kept):
-            assert resumed.git("rev-parse", "--short=7", f"refs/tries/{commit}^").strip() == kept
-    assert resumed.git("log", "--format=%h", "--abbrev=7", "main..HEAD").split() == [kept]
-    assert resumed.git("branch", "--show-current").strip() == "autoresearch/test"
-    assert resumed.git("status", "--porcelain") == "" and resumed.git("ls-files") == tracked
-    assert resumed.git("diff", "--name-only", "main", "HEAD").split() == ["train.py"]
-
-
-def test_a_run_that_ended_while_nobody_watched_is_not_repeated(agent):
-    agent.sh("branch", tag="test")
-    agent.sh("run", seed=1, limit=60)
-    where = Researcher(agent.folder, agent.environment, PROGRAM).sh("where")
-    score = re.search(r"^val_bpb: +(\S+)", (agent.folder / "run.log").read_text(), re.M)[1]
-    assert re.search(rf"^next: write the row: {agent.head()} {score} \S+ keep$", where, re.M)
-
-
-def test_reset_keeps_the_humans_edits(agent):
-    agent.sh("branch", tag="human")
-    kept = agent.head()
-    agent.edit(("^MATRIX_LR.*", ""))
-    agent.sh("commit", idea="x", prediction="0")
     (agent.folder / "program.md").write_text("edited by the human")
-    agent.sh("reset", commit=agent.head(), kept=kept)
-    assert "MATRIX_LR =" in (agent.folder / "train.py").read_text()
+    assert agent.finish("lost", limit=6)[0] == "crash"
     assert (agent.folder / "program.md").read_text() == "edited by the human"
 
-
-def test_a_second_night_of_the_same_name_touches_nothing(agent):
-    agent.sh("branch", tag="twice")
-    with open(agent.folder / "results.tsv", "a") as results:
-        results.write("a row\n")
-    before = (agent.folder / "results.tsv").read_text()
-    assert "already exists" in agent.sh("branch", tag="twice", check=False)
-    assert (agent.folder / "results.tsv").read_text() == before
-
-
-def test_a_night_keeps_its_benchmark(agent):
-    """On its branch nothing is prepared, so that no command of the agent's changes what is scored."""
-    agent.sh("branch", tag="fixed")
+    # on its branch the benchmark is fixed, and another night of this name touches nothing
     for arguments in ([], ["--time-budget", "900"]):
         process = agent.run("prepare.py", *arguments)
         assert process.returncode == 1 and "leave the branch first" in process.stderr
+    assert "already exists" in agent.sh("branch", tag="test", check=False)
+
+    # nothing is lost, and the branch holds the keeps
+    rows = agent.rows()
+    assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"]
+    assert [row[4] for row in rows[1:]] == ["baseline"] * 3 + ["rates up"] * 2 + [*results, "lost"]
+    assert [row[3] for row in rows[1:]] == ["keep"] * 3 + ["discard", "keep", "discard"] + ["crash"] * 4
+    journal = prepare.read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
+    matched, unlisted = prepare.match_runs(prepare.read_ledger(agent.folder / "results.tsv"), journal)
+    assert [matched[number]["seed"] for number in range(6)] == [1, 2, 3, 1, 2, 1] and not unlisted
+    for commit, *_ in rows[1:]:
+        if commit not in (start, kept):
+            assert agent.git("rev-parse", "--short=7", f"refs/tries/{commit}^").strip() == kept
+    assert agent.git("log", "--format=%h", "--abbrev=7", "main..HEAD").split() == [kept]
+    assert agent.git("branch", "--show-current").strip() == "autoresearch/test"
+    assert agent.git("status", "--porcelain") == " M program.md\n" and agent.git("ls-files") == tracked
+    assert agent.git("diff", "--name-only", "main", "HEAD").split() == ["train.py"]
