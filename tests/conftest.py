@@ -59,6 +59,15 @@ def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+def wait_for(condition, seconds=100):
+    """What the condition returns, as soon as that is true."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
 def every_byte():
     """The record of the current benchmark, of which every byte is checked."""
     return prepare.read_record(prepare.load_benchmark().path, every_byte=True)

@@ -14,7 +14,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import PROGRAM, ROOT, WEAK, new_repository, weaken
+from conftest import PROGRAM, ROOT, WEAK, new_repository, wait_for, weaken
 from scripted_model import ScriptedModel
 
 import prepare
@@ -187,11 +187,7 @@ def test_a_night(client):
     (client.folder / "run.log").unlink()
     process, model = client.start(steps)
     log = client.folder / "run.log"
-    for _ in range(3000):  # a busy machine starts a client in a minute
-        if log.exists() and "compiling what is new" in log.read_text():
-            break
-        time.sleep(0.1)
-    assert "compiling what is new" in log.read_text()
+    wait_for(lambda: log.exists() and "compiling what is new" in log.read_text(), 300)
     process.kill()
     model.close()
     time.sleep(20)  # the training may outlive its client

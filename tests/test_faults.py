@@ -8,13 +8,12 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ONE_SHARD, every_byte, score, snapshot, start, uniform
+from conftest import ONE_SHARD, every_byte, score, snapshot, start, uniform, wait_for
 
 import prepare
 
@@ -118,14 +117,6 @@ def test_a_home_that_is_no_folder(home, book):
 # Killed
 
 
-def wait_until(condition):
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise TimeoutError
-
-
 def processes(leader):
     """Those of its session that still live."""
     return subprocess.run(["ps", "-s", str(leader.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
@@ -138,7 +129,7 @@ def test_an_interrupted_download_goes_on(hub, home, kind):
     hub.faults.append(lambda handler, content: (handler.answer(content, end=20_000), stalled.wait(60)))
     process = start("prepare.py", *ONE_SHARD)
     part = home / "downloads" / "climbmix" / "shard_00000.parquet.part"
-    wait_until(lambda: part.exists() and part.stat().st_size >= 16_000)
+    wait_for(lambda: part.exists() and part.stat().st_size >= 16_000)
     process.send_signal(kind)
     output, errors = process.communicate(timeout=50)
     assert process.returncode != 0 and not stalled.is_set() and not (home / "current").exists()
@@ -167,10 +158,10 @@ def test_a_training_that_is_stopped_while_it_compiles(own, tmp_path, kind):
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     before = snapshot(own.path)
     process = start("train.py", environment=environment, start_new_session=True)
-    wait_until(lambda: list((tmp_path / "cache").rglob("*.cpp")))
+    wait_for(lambda: list((tmp_path / "cache").rglob("*.cpp")))
     process.send_signal(kind)
     process.communicate(timeout=100)
-    wait_until(lambda: not processes(process))
+    wait_for(lambda: not processes(process))
     assert process.returncode in (-kind, 1, 130) and snapshot(own.path) == before
     score(own, uniform())
 

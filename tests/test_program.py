@@ -7,10 +7,9 @@ Only `uv` is a stand-in here, which runs Python at once instead of installing ev
 import os
 import re
 import signal
-import time
 
 import pytest
-from conftest import PROGRAM, WEAK, Agent, new_repository, weaken
+from conftest import PROGRAM, WEAK, Agent, new_repository, wait_for, weaken
 
 import prepare
 
@@ -94,17 +93,15 @@ def test_a_night(agent):
     agent.sh("commit", idea="lost", prediction="-0.01")
     (agent.folder / "run.log").unlink()
     shell = agent.start("run", seed=1, limit=100)
-    for _ in range(600):
-        if (agent.folder / "run.log").exists() and "done" in (agent.folder / "run.log").read_text():
-            break
-        time.sleep(0.1)
+    log = agent.folder / "run.log"
+    wait_for(lambda: log.exists() and "compiling what is new" in log.read_text())
     shell.kill()
     shell.wait()
     agent = Researcher(agent.folder, agent.environment, PROGRAM)
     assert agent.next().startswith("run it with seed 1")
     agent.sh("run", seed=1, limit=60)
-    log = (agent.folder / "run.log").read_text()
-    os.kill(int(re.search(r"another training is running on cpu \(pid (\d+)\)", log)[1]), signal.SIGKILL)
+    pid = re.search(r"another training is running on cpu \(pid (\d+)\)", log.read_text())[1]
+    os.kill(int(pid), signal.SIGKILL)
     (agent.folder / "program.md").write_text("edited by the human")
     assert agent.finish("lost", limit=6)[0] == "crash"
     assert (agent.folder / "program.md").read_text() == "edited by the human"
