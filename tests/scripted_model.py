@@ -120,13 +120,15 @@ def codex_turn(model, body):
     elif running:
         given = {"session_id": int(running[1]), "chars": "", "yield_time_ms": TIMEOUT}
         item = {"type": "function_call", "name": "write_stdin", "arguments": json.dumps(given), **call}
-    elif "edit" in step:
-        path, old, new = step["edit"]
-        lines = [*(f"-{line}" for line in old.split("\n")), *(f"+{line}" for line in new.split("\n"))]
-        patch = "\n".join(["*** Begin Patch", f"*** Update File: {path}", "@@", *lines, "*** End Patch"])
-        item = {"type": "custom_tool_call", "name": "apply_patch", "input": patch, **call}
     else:
-        command = f"head -n 20 {step['read']}" if "read" in step else step["bash"]
+        command = step["bash"]
+        if "read" in step:
+            command = f"head -n 20 {step['read']}"
+        elif "edit" in step:
+            path, old, new = step["edit"]
+            lines = [*(f"-{line}" for line in old.split("\n")), *(f"+{line}" for line in new.split("\n"))]
+            patch = ["*** Begin Patch", f"*** Update File: {path}", "@@", *lines, "*** End Patch"]
+            command = "\n".join(["apply_patch <<'PATCH'", *patch, "PATCH"])
         given = {"cmd": command, "yield_time_ms": step.get("timeout", TIMEOUT)}
         item = {"type": "function_call", "name": "exec_command", "arguments": json.dumps(given), **call}
     usage = {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110}
