@@ -242,8 +242,8 @@ class Pointer(nn.Module):
 
     def forward(self, x):
         q = norm(self.state(x))
-        k = shift(q)  # the state before a token, which is compared with the present one
-        scores = POINTER_SCALE * (q @ k.mT).float() / math.sqrt(MODEL_DIM)
+        scores = F.pad(q @ q.mT, (1, -1)).float()  # with the state before each token
+        scores = POINTER_SCALE * scores / math.sqrt(MODEL_DIM)
         scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -math.inf)
         match = scores.logsumexp(dim=-1, keepdim=True)
         return (scores - match).exp(), self.gate(x).float() + match + POINTER_ODDS
