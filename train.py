@@ -45,7 +45,7 @@ SHORT_WINDOW = 1 / 8  # of the row: earlier tokens that an S block sees
 MLP_RATIO = 4  # hidden width / D
 GATE_CHANNELS = 32  # channels of x that drive the value gates
 ROPE_BASE = 200_000
-LOGIT_CAP = 15.0 if GPU else None  # none on a CPU, where tanh costs more than it gains
+LOGIT_CAP = 15.0 if GPU else None  # not on a CPU: tanh costs more than it gains
 INIT_BOUND = 1.18 * MODEL_DIM**-0.5  # of matrices: uniform within so much of zero
 X0_INIT = 0.05  # of the embedding that each block adds at first
 POINTER = not GPU  # copy some tokens from the row; T x T scores, untried on a GPU
@@ -242,7 +242,7 @@ class Pointer(nn.Module):
 
     def forward(self, x):
         q = norm(self.state(x))
-        scores = F.pad(q @ q.mT, (1, -1)).float()  # with the state before each token
+        scores = F.pad(q @ q.mT, (1, -1)).float()  # with the state before each token (shift(q) is NaN with AVX-512)
         scores = POINTER_SCALE * scores / math.sqrt(MODEL_DIM)
         scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -math.inf)
         match = scores.logsumexp(dim=-1, keepdim=True)
@@ -496,7 +496,7 @@ def choose_dtype(device):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     size, threads, seconds = 256 if device.type == "cpu" else 2048, torch.get_num_threads(), []
-    torch.set_num_threads(1)  # more wait for each other beside other work
+    torch.set_num_threads(1)  # two wait for each other beside others
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.ones(size, size, device=device, dtype=dtype)
         seconds.append(min(timeit.repeat(lambda: (a @ a, prepare.synchronize(device)), number=1, repeat=50)))

@@ -109,7 +109,7 @@ def gradients(loss, model):
 
 
 def test_compiled_gradients_are_right_in_bfloat16(monkeypatch, quick_compiler):
-    """For AVX-512, torch 2.11 compiled a shift of what is multiplied, transposed, into NaN: at such sizes only."""
+    """For AVX-512, torch 2.11 compiled a shift of the pointer's keys into NaN."""
     set_constants(monkeypatch, DEPTH=1, MODEL_DIM=128)
     inputs, targets = torch.randint(512, (2, 2, 256))
     benchmark = types.SimpleNamespace(vocab_size=512, max_seq_len=256, seed=1)
@@ -548,13 +548,20 @@ def test_an_error_of_the_code_ends_the_run_at_once(monkeypatch, capsys, error):
     assert raised.value is error and capsys.readouterr().out == ""
 
 
-def test_an_error_in_a_compiled_block_has_its_traceback(benchmark, monkeypatch, capfd, quick_compiler):
+def test_an_error_in_a_compiled_block_has_its_traceback(benchmark, monkeypatch, capfd):
     """As an agent would make it: no second try in eager mode, and the line that is to blame."""
     set_constants(monkeypatch, COMPILE=True, TrainingClock=lambda *arguments: None)
     monkeypatch.setattr(train.MLP, "forward", lambda self, x: self.down(self.up(x) @ x.mT[:, :3]))
     with pytest.raises(RuntimeError, match=re.escape('"forward", lambda self, x: self.down(self.up(x) @ x.mT[:, :3])')):
         train.main()
     assert len(capfd.readouterr().out.splitlines()) == 1  # what it is about to do, and not that it went on without
+
+
+def test_no_instruction_set_is_tried():
+    """Which takes 5 s each, in every run."""
+    spy = "import torch._inductor.cpu_vec_isa as cpu; cpu.VecISA.check_build = lambda *_: print('tried') or True\n"
+    result = run("-c", spy + "import torch, train; print(train.set_up(torch.device('cpu'))[2])")
+    assert result.stdout.splitlines() == ["True"], result.stdout + result.stderr
 
 
 def test_a_run_that_had_to_fall_back_says_so(benchmark, monkeypatch, capfd):
