@@ -13,9 +13,9 @@ KIB, GIB = 2**10, 2**30
 CARDS = {  # name, compute capability, bytes of memory, most shared memory of a block
     "H100": ("NVIDIA H100 80GB HBM3", (9, 0), 84_942_979_072, 227 * KIB),
     "A100": ("NVIDIA A100-SXM4-80GB", (8, 0), 85_094_825_984, 163 * KIB),
-    "B200": ("NVIDIA B200", (10, 0), 180 * GIB, 227 * KIB),
-    "RTX 4090": ("NVIDIA GeForce RTX 4090", (8, 9), 24 * GIB, 99 * KIB),
-    "RTX 3060": ("NVIDIA GeForce RTX 3060", (8, 6), 12 * GIB, 99 * KIB),
+    "B200": ("NVIDIA B200", (10, 0), int(178.35 * GIB), 227 * KIB),
+    "RTX 4090": ("NVIDIA GeForce RTX 4090", (8, 9), int(23.64 * GIB), 99 * KIB),
+    "RTX 3060": ("NVIDIA GeForce RTX 3060", (8, 6), int(11.76 * GIB), 99 * KIB),
 }
 
 
