@@ -80,6 +80,8 @@ REPOSITORIES = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "ka
 TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
 VALIDATION_SHARD = 6542  # climbmix: the last shard, never trained on
 DEFAULT_SHARDS = 10
+LARGE_GPU = 16 << 30  # bytes of memory; what has less is too slow to score climbmix
+OLDEST_GPU = (7, 5)  # compute capability that the torch wheel has code for
 SEED = 42
 
 SPLIT_PATTERN = (
@@ -411,13 +413,18 @@ def download(url, path, stop):
     )
 
 
+def load_flash3():
+    """FlashAttention-3 from the kernels hub. Called here, so that what it reads is not held against train.py."""
+    from kernels import get_kernel
+
+    return get_kernel(**FLASH3)
+
+
 def fetch_flash3():
     """The attention kernel that train.py, which uses no network, takes on the GPUs that have it."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() in FLASH3_CAPABILITIES:
         try:
-            from kernels import get_kernel
-
-            get_kernel(**FLASH3)
+            load_flash3()
         except Exception as error:  # no network, no build for this torch or system, moved: all the same
             print(f"no FlashAttention-3, train.py will take torch's own attention ({first_line(error)})")
 
@@ -1423,7 +1430,7 @@ def parse_arguments(arguments=None):
     parser = OneLineParser(description="Build the benchmark that train.py is scored on, or show where a night stands.")
     add = parser.add_argument
     add("--status", action="store_true", help="what was tried, what it was worth, what comes next; builds nothing")
-    add("--dataset", choices=PRESETS, help="default: climbmix where CUDA is available, local elsewhere")
+    add("--dataset", choices=PRESETS, help="default: climbmix on a GPU of over 16 GiB, tinystories on others, or local")
     add("--text", nargs="+", metavar="PATH", default=[], help="local: files or folders; default: installed Python")
     add("--long-documents", choices=("crop", "split"), help="what becomes of documents longer than a row")
     for option, (name, kind, *_, words) in NUMBERS.items():
@@ -1445,9 +1452,13 @@ def main(arguments=None):
     branch = git("branch", "--show-current") or ""
     if branch.startswith("autoresearch/"):
         raise SystemExit(f"branch {branch} is a night under way, whose benchmark is fixed: leave the branch first")
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    if gpu and (gpu.major, gpu.minor) < OLDEST_GPU:
+        raise SystemExit(f"torch {torch.__version__} has no code for a {gpu.name}; pytorch.org names a wheel that has")
     if not options.dataset:
-        options.dataset = "climbmix" if torch.cuda.is_available() else "local"
-        why = "this machine has CUDA" if torch.cuda.is_available() else "no CUDA here"
+        memory = gpu.total_memory if gpu else 0
+        options.dataset = "climbmix" if memory > LARGE_GPU else "tinystories" if memory else "local"
+        why = f"the GPU has {memory / 2**30:.0f} GiB" if memory else "torch finds no GPU with CUDA"
         print(f"benchmark: {options.dataset}, because {why}; choose with --dataset {' | '.join(PRESETS)}")
     settings = dict(zip(SETTINGS, PRESETS[options.dataset]))
     settings |= {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}

@@ -179,7 +179,7 @@ def test_drift_confirmation_and_what_was_disturbed(cells, tmp_path, capsys):
         ("eeeeeee", 0.98, 5),
     ]
     ledger = NIGHT + "".join(f"{c}\t{score}\t1.0\tkeep\tonce more, seed {seed}\n" for c, score, seed in ends)
-    (tmp_path / "run.log").write_text("COMPILE: torch.compile does not work here\n---\n")
+    (tmp_path / "run.log").write_text("COMPILE: torch.compile does not work\n---\n")
     found = cells(ledger, journal_of(ledger, row4={"slow_steps_percent": 30.0}))
     assert list(found["kept"]["row"]) == [0, 3, 7], "the last runs leave the picture as it was"
     text = capsys.readouterr().out

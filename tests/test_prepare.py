@@ -7,7 +7,9 @@ import pickle
 import shutil
 import socket
 import struct
+import sys
 import time
+import types
 
 import numpy as np
 import pyarrow
@@ -305,6 +307,27 @@ def test_bad_arguments(arguments, capsys):
         prepare.parse_arguments(arguments)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and arguments[-2 if len(arguments) == 2 else 0][2:] in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("memory", "capability", "said"),
+    [
+        (0, (0, 0), "benchmark: local, because torch finds no GPU with CUDA; choose"),
+        (16 << 30, (7, 5), "benchmark: tinystories, because the GPU has 16 GiB; choose"),
+        (24 << 30, (8, 9), "benchmark: climbmix, because the GPU has 24 GiB; choose"),
+        (32 << 30, (7, 0), "no code for a V100; pytorch.org"),
+    ],
+)
+def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capability, said):
+    major, minor = capability
+    gpu = types.SimpleNamespace(total_memory=memory, major=major, minor=minor, name="V100")
+    monkeypatch.setattr(prepare.torch.cuda, "is_available", lambda: memory > 0)
+    monkeypatch.setattr(prepare.torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(prepare, "find_text", lambda paths: sys.exit())  # or download
+    monkeypatch.setattr(prepare, "fetch", lambda dataset, names: sys.exit())
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([])
+    assert said in f"{capsys.readouterr().out} {stop.value.code}"
 
 
 BROKEN_LINES = ["{", '"text"', '{"words": "x"}', '{"text": 7}', '{"text": null}']
