@@ -80,8 +80,7 @@ REPOSITORIES = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "ka
 TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
 VALIDATION_SHARD = 6542  # climbmix: the last shard, never trained on
 DEFAULT_SHARDS = 10
-LARGE_GPU = 16 << 30  # bytes of memory; what has less is too slow to score climbmix
-OLDEST_GPU = (7, 5)  # compute capability that the torch wheel has code for
+LARGE_GPU = 16 << 30  # bytes of memory; what has no more is mostly too slow to score climbmix
 SEED = 42
 
 SPLIT_PATTERN = (
@@ -1122,6 +1121,16 @@ def device_name(device):
     return f"{device.type} {platform.machine()} x{os.cpu_count()}"
 
 
+def why_no_gpu():
+    """Why torch sees no CUDA here, in words."""
+    if not shutil.which("nvidia-smi"):
+        return "no CUDA here"
+    why = "has no CUDA (pip's default on Windows); pytorch.org names a wheel that has"
+    if torch.version.cuda:
+        why = f"finds no GPU: hidden (sandbox, CUDA_VISIBLE_DEVICES) or with a driver before CUDA {torch.version.cuda}"
+    return f"torch {torch.__version__} {why}"
+
+
 def peak_memory_mb(device):
     """Most device memory that was allocated at once; on a CPU the most resident memory of the process."""
     if device.type == "cuda":
@@ -1430,7 +1439,7 @@ def parse_arguments(arguments=None):
     parser = OneLineParser(description="Build the benchmark that train.py is scored on, or show where a night stands.")
     add = parser.add_argument
     add("--status", action="store_true", help="what was tried, what it was worth, what comes next; builds nothing")
-    add("--dataset", choices=PRESETS, help="default: climbmix on a GPU of over 16 GiB, tinystories on others, or local")
+    add("--dataset", choices=PRESETS, help="default: climbmix with CUDA and over 16 GiB, tinystories with CUDA, local")
     add("--text", nargs="+", metavar="PATH", default=[], help="local: files or folders; default: installed Python")
     add("--long-documents", choices=("crop", "split"), help="what becomes of documents longer than a row")
     for option, (name, kind, *_, words) in NUMBERS.items():
@@ -1453,12 +1462,14 @@ def main(arguments=None):
     if branch.startswith("autoresearch/"):
         raise SystemExit(f"branch {branch} is a night under way, whose benchmark is fixed: leave the branch first")
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    if gpu and (gpu.major, gpu.minor) < OLDEST_GPU:
-        raise SystemExit(f"torch {torch.__version__} has no code for a {gpu.name}; pytorch.org names a wheel that has")
+    oldest = min((int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list() if "sm_" in name), default=0)
+    if gpu and 10 * gpu.major + gpu.minor < oldest:
+        way_out = "take a wheel that has (see pytorch.org), or the CPU (CUDA_VISIBLE_DEVICES= before every command)"
+        raise SystemExit(f"torch {torch.__version__} has no code for a {gpu.name}: {way_out}")
     if not options.dataset:
         memory = gpu.total_memory if gpu else 0
         options.dataset = "climbmix" if memory > LARGE_GPU else "tinystories" if memory else "local"
-        why = f"the GPU has {memory / 2**30:.0f} GiB" if memory else "torch finds no GPU with CUDA"
+        why = f"the GPU has {memory / 2**30:.0f} GiB" if memory else why_no_gpu()
         print(f"benchmark: {options.dataset}, because {why}; choose with --dataset {' | '.join(PRESETS)}")
     settings = dict(zip(SETTINGS, PRESETS[options.dataset]))
     settings |= {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}

@@ -483,9 +483,7 @@ PEAK_FLOPS = {  # dense, bfloat16 (NVIDIA data sheets), by torch's name
 
 def choose_device():
     if not GPU and shutil.which("nvidia-smi"):
-        driver = f"finds no GPU; its driver must know CUDA {torch.version.cuda}, see nvidia-smi"
-        why = driver if torch.version.cuda else "has no CUDA (pip's default on Windows); pytorch.org names a wheel"
-        print(f"CPU: nvidia-smi is here, but torch {torch.__version__} {why}")
+        print(f"CPU: {prepare.why_no_gpu()}")
     return torch.device("cuda" if GPU else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -518,7 +516,8 @@ def set_up(device):
         x = torch.ones(2**15, device=device, requires_grad=True)
         torch.compile(lambda x: norm(x).sum(), disable=not compiled)(x).backward()
     except Exception as error:  # no compiler, no headers, no Triton: all the same
-        print(f"COMPILE: torch.compile does not work, going on without (gcc? Python.h? {prepare.first_line(error)})")
+        why = f"are a C++ compiler and Python.h here? {prepare.first_line(error)}"
+        print(f"COMPILE: torch.compile does not work, going on without ({why})")
         compiled = False
     dtype = choose_dtype(device)
     return dtype, choose_attention(device, dtype, compiled), compiled
@@ -595,8 +594,8 @@ def main():
     name = prepare.device_name(device)
     print(f"{name}, {benchmark.id}, seed {benchmark.seed}, {dtype}; compiling what is new")
     rows, accumulation = find_batch(benchmark, device, *setup)
-    for why in torch._dynamo.utils.counters["graph_break"]:
-        print(f"COMPILE: graph break, {prepare.first_line(why)}")
+    for why in torch._dynamo.utils.counters["unimplemented"]:
+        print(f"COMPILE: graph break, {prepare.first_line(why)}; TORCH_LOGS=graph_breaks shows where")
     model = build_model(benchmark, device, *setup)
     optimizers = build_optimizers(model)
     batch_tokens = accumulation * rows * benchmark.max_seq_len

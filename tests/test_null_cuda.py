@@ -39,8 +39,6 @@ def bits_of_rows(model, rows, *arguments):
 
 prepare.bits_of_rows = bits_of_rows
 train.main()
-breaks = dict(torch._dynamo.utils.counters["graph_break"]) if train.COMPILE else {}
-assert not breaks, breaks
 """
 
 
@@ -86,13 +84,14 @@ ROWS = {"H100": (64, 128), "A100": (64, 128), "B200": (128, 128), "RTX 4090": (1
     ],
 )
 def test_a_run_fits(train, card, compiled):
-    """Eagerly, or with every kernel compiled for the architecture, without a graph break, in less memory."""
+    """Eagerly, or with every kernel compiled for the architecture, without a graph break, in 72 GiB."""
     process, summary = train(card, **({"COMPILED": "1"} if compiled else {}))
-    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.returncode == 0 and "COMPILE:" not in process.stdout, process.stdout + process.stderr
     name, _, memory, _ = CARDS[card]
     assert summary["device"] == name and summary["attention"] == "varlen" and summary["compiled"] == str(compiled)
     rows = int(summary["batch"].split(" x ")[1].split()[0])
     print(f"{card}: {rows} rows, {float(summary['peak_vram_mb']) / 1024:.1f} GiB")
+    assert not compiled or float(summary["peak_vram_mb"]) < 72 * 1024
     assert rows == ROWS[card][compiled] and float(summary["peak_vram_mb"]) * 2**20 < memory - 600 * 2**20
 
 

@@ -312,10 +312,10 @@ def test_bad_arguments(arguments, capsys):
 @pytest.mark.parametrize(
     ("memory", "capability", "said"),
     [
-        (0, (0, 0), "benchmark: local, because torch finds no GPU with CUDA; choose"),
+        (0, (0, 0), "benchmark: local, because no CUDA here; choose"),
         (16 << 30, (7, 5), "benchmark: tinystories, because the GPU has 16 GiB; choose"),
         (24 << 30, (8, 9), "benchmark: climbmix, because the GPU has 24 GiB; choose"),
-        (32 << 30, (7, 0), "no code for a V100; pytorch.org"),
+        (32 << 30, (7, 0), "no code for a V100: take a wheel"),
     ],
 )
 def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capability, said):
@@ -323,6 +323,8 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
     gpu = types.SimpleNamespace(total_memory=memory, major=major, minor=minor, name="V100")
     monkeypatch.setattr(prepare.torch.cuda, "is_available", lambda: memory > 0)
     monkeypatch.setattr(prepare.torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(prepare.torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_75", "compute_120"])
+    monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
     monkeypatch.setattr(prepare, "find_text", lambda paths: sys.exit())  # or download
     monkeypatch.setattr(prepare, "fetch", lambda dataset, names: sys.exit())
     with pytest.raises(SystemExit) as stop:
