@@ -7,9 +7,12 @@ A night with the real Claude Code and the real Codex, whose model is scripted, a
 No account, no network. Every shell line comes from program.md, with its words filled in.
 """
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 
@@ -75,7 +78,8 @@ env_key = "KEY"
             environment, command = self.environment, [BIN / "codex", "exec", "--trust", "Have a look at program.md"]
         with open(self.home.parent / "log.txt", "a") as log:
             streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            return subprocess.Popen(command, cwd=self.folder, env=environment, **streams), model
+            process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **streams)
+            return process, model
 
     def git(self, *words):
         command = ["git", "-c", "user.name=Human", "-c", "user.email=human@example.org", *words]
@@ -98,9 +102,16 @@ env_key = "KEY"
         try:
             process.wait(seconds)
         finally:
-            process.kill()
+            kill(process)
             model.close()
         return model.came
+
+
+def kill(process):
+    """With its children: Codex is a launcher and a program."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture(params=["claude", "codex"])
@@ -188,7 +199,7 @@ def test_a_night(client):
     process, model = client.start(steps)
     log = client.folder / "run.log"
     wait_for(lambda: log.exists() and "compiling what is new" in log.read_text(), 300)
-    process.kill()
+    kill(process)
     model.close()
     time.sleep(20)  # the training may outlive its client
     came = client.play_well([bash("where", PROGRAM["where"])])
