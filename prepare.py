@@ -1122,9 +1122,9 @@ def device_name(device):
 
 
 def why_no_gpu():
-    """Why torch sees no CUDA here, in words."""
+    """Why torch does not see the NVIDIA GPU of this machine; None if it seems to have none."""
     if not shutil.which("nvidia-smi"):
-        return "no CUDA here"
+        return None
     why = "has no CUDA (pip's default on Windows); pytorch.org names a wheel that has"
     if torch.version.cuda:
         why = f"finds no GPU: hidden (sandbox, CUDA_VISIBLE_DEVICES) or with a driver before CUDA {torch.version.cuda}"
@@ -1469,7 +1469,7 @@ def main(arguments=None):
     if not options.dataset:
         memory = gpu.total_memory if gpu else 0
         options.dataset = "climbmix" if memory > LARGE_GPU else "tinystories" if memory else "local"
-        why = f"the GPU has {memory / 2**30:.0f} GiB" if memory else why_no_gpu()
+        why = f"the GPU has {memory / 2**30:.0f} GiB" if memory else why_no_gpu() or "no CUDA here"
         print(f"benchmark: {options.dataset}, because {why}; choose with --dataset {' | '.join(PRESETS)}")
     settings = dict(zip(SETTINGS, PRESETS[options.dataset]))
     settings |= {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}

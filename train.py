@@ -11,7 +11,6 @@ import gc
 import math
 import os
 import re
-import shutil
 import sys
 import time
 import timeit
@@ -482,8 +481,8 @@ PEAK_FLOPS = {  # dense, bfloat16 (NVIDIA data sheets), by torch's name
 
 
 def choose_device():
-    if not GPU and shutil.which("nvidia-smi"):
-        print(f"CPU: {prepare.why_no_gpu()}")
+    if not GPU and (why := prepare.why_no_gpu()):
+        print(f"CPU: {why}")
     return torch.device("cuda" if GPU else "mps" if torch.backends.mps.is_available() else "cpu")
 
 

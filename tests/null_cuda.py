@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 KIB, GIB = 2**10, 2**30
-CARDS = {  # name, compute capability, bytes of memory, most shared memory of a block
+CARDS = {  # name, compute capability, memory (as torch names it on real ones), most shared memory of a block
     "H100": ("NVIDIA H100 80GB HBM3", (9, 0), 84_942_979_072, 227 * KIB),
     "A100": ("NVIDIA A100-SXM4-80GB", (8, 0), 85_094_825_984, 163 * KIB),
     "B200": ("NVIDIA B200", (10, 0), int(178.35 * GIB), 227 * KIB),
