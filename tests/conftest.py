@@ -31,6 +31,7 @@ for name in ("AUTORESEARCH_SEED", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 
 import prepare  # noqa: E402
+from harness import sources  # noqa: E402
 
 CPU = torch.device("cpu")
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -186,8 +187,8 @@ def hub(tmp_path, home, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(prepare, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(prepare, "DOWNLOAD_TIMEOUT", (1, 0.5))
+    monkeypatch.setattr(sources, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT", (1, 0.5))
     yield handler
     server.shutdown()
 
@@ -265,7 +266,7 @@ def replace(path, *edits):
 def weaken(folder):
     """Leave room for a gain in the train.py of a folder, and let no run count as disturbed."""
     replace(folder / "train.py", *((rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK), *UNHURRIED)
-    replace(folder / "prepare.py", ("^SLOW_FLAG = .*", "SLOW_FLAG = 101"), ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
+    replace(folder / "ledger.py", ("^SLOW_FLAG = .*", "SLOW_FLAG = 101"), ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
 
 
 class Agent:
@@ -342,11 +343,20 @@ esac
     }
 
 
+def copy_harness(folder):
+    """What train.py and analysis.ipynb import."""
+    for name in ("prepare.py", "ledger.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("harness", "swarm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def new_repository(folder, environment):
     """A repository of its own with what a clone has; returns its folder."""
     folder.mkdir()
-    for name in ("prepare.py", "train.py", "program.md", "README.md", ".gitignore"):
+    for name in ("train.py", "program.md", "README.md", ".gitignore"):
         shutil.copy(ROOT / name, folder)
+    copy_harness(folder)
     for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-qm", "start"]):
         subprocess.run(["git", *command], cwd=folder, env=environment, check=True)
     return folder

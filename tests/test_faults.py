@@ -190,7 +190,7 @@ def test_prepare_while_a_training_runs(own, book):
 
 
 def test_two_devices_are_two_locks(benchmark):
-    for lock in [prepare.lock_device(torch.device(kind)) for kind in ("cpu", "mps")]:
+    for lock in [prepare.lock_device(prepare.HOME / "locks", torch.device(kind)) for kind in ("cpu", "mps")]:
         lock.release()
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import CPU, SMALL, TEXT, UNHURRIED, Agent, Function, new_repository, score, uniform
 
 import prepare
+import ledger
 import train
 
 
@@ -325,7 +326,7 @@ def test_an_honest_run_and_one_that_tries_everything(prepared, environment, tmp_
         result = agent.run("train.py")
         assert result.returncode == 0, result.stderr
         run = prepare.read_journal(prepare.load_benchmark().path)[-1]
-        return [flag for flag in prepare.flags(run) if "slow steps" not in flag]  # the machine may be busy
+        return [flag for flag in ledger.flags(run) if "slow steps" not in flag]  # the machine may be busy
 
     agent.edit(*UNHURRIED, (STOP, CHECKPOINT))
     assert flags() == []

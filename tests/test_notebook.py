@@ -11,10 +11,12 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from conftest import CPU, HEADER, NIGHT, ROOT, journal_of
+from conftest import copy_harness, CPU, HEADER, NIGHT, ROOT, journal_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import prepare
+from harness import journal
+import ledger as night
 import train
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
@@ -26,7 +28,7 @@ def cells(home, tmp_path, monkeypatch):
     """Run all code cells in a folder with this ledger and journal; returns their variables."""
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))  # whose folder is asked for notes
+    monkeypatch.setattr(journal, "ROOT", tmp_path)  # whose folder is asked for notes
 
     def run(ledger=None, journal=(), benchmark="local-T64-V512-3s-00000000"):
         if ledger is not None:
@@ -88,7 +90,7 @@ def test_awkward_ledgers_are_read(tmp_path, name):
     ledger, scores, statuses = AWKWARD[name]
     if ledger is not None:
         (tmp_path / "results.tsv").write_text(ledger)
-    rows = prepare.read_ledger(tmp_path / "results.tsv")
+    rows = night.read_ledger(tmp_path / "results.tsv")
     assert [row["val_bpb"] for row in rows if row["val_bpb"] > 0] == scores
     assert [row["status"] for row in rows] == statuses
     assert name != "tabs" or rows[0]["description"] == "baseline\tof\ttoday"
@@ -226,7 +228,7 @@ def test_a_model_that_no_longer_fits_is_said_to(trained, cells, capsys):
 def test_headless(trained, tmp_path, monkeypatch):
     """As nbclient runs it, in a kernel; the best model speaks."""
     monkeypatch.setenv("AUTORESEARCH_HOME", str(prepare.HOME))
-    shutil.copy(ROOT / "prepare.py", tmp_path)
+    copy_harness(tmp_path)
     notebook = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

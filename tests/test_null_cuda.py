@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT
+from conftest import copy_harness, ROOT, TEXT
 from null_cuda import CARDS, build
 
 import prepare
@@ -53,8 +53,7 @@ def shaped(prepared):
 def train(shaped, tmp_path):
     """Run train.py, with edits, on a card; returns the process and what the summary says."""
     (prepare.HOME / "current").write_text(shaped)
-    for name in ("train.py", "prepare.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_harness(tmp_path)
 
     def go(card, *edits, **environment):
         source = (ROOT / "train.py").read_text()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
+from harness import packing
 
 BOS = 9999
 
@@ -64,7 +65,7 @@ def test_same_rows_as_a_scan(lengths, row_length, batch, buffer_size, split):
     ours, theirs = iter(batches), iter([[document.tolist() for document in batch] for batch in batches])
     expected = scan(theirs, row_length, split, buffer_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "PACKING_BUFFER", buffer_size)
+        patch.setattr(packing, "PACKING_BUFFER", buffer_size)
         for row in prepare.pack(ours, row_length, BOS, split):
             assert row.tolist() == next(expected)
             assert length_hint(ours) == length_hint(theirs)

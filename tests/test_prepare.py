@@ -18,6 +18,7 @@ import pytest
 from conftest import ONE_SHARD, TINY, every_byte, snapshot, stories, story_numbers, write_parquet
 
 import prepare
+from harness import sources
 
 # --------------------------------------
 # local
@@ -39,7 +40,7 @@ def prepare_text(tmp_path, files, *arguments):
 
 
 def batches_of(folder):
-    return list(prepare.local_batches(prepare.find_text([str(folder)]), prepare.Counter()))
+    return list(sources.local_batches(sources.find_text([str(folder)]), prepare.Counter()))
 
 
 def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
@@ -245,7 +246,7 @@ RECOVERS = {
 @pytest.mark.parametrize("fault", RECOVERS)
 def test_a_download_recovers(hub, fault):
     hub.faults += RECOVERS[fault]
-    prepare.fetch("climbmix", list(snapshot(hub.folder)))
+    prepare.fetch(prepare.HOME / "downloads" / "climbmix", "climbmix", list(snapshot(hub.folder)))
     assert snapshot(prepare.HOME / "downloads" / "climbmix") == snapshot(hub.folder)
     asked = [(moment, part) for name, moment, part in hub.seen if name == "shard_00000.parquet"]
     assert len(asked) == len(RECOVERS[fault]) + (fault != "no ranges")
@@ -278,7 +279,7 @@ def test_a_download_fails_by_name(hub, message):
 @pytest.mark.parametrize("host", ["http://127.0.0.1:9", "not a URL"])
 def test_an_unreachable_host(home, monkeypatch, host):
     monkeypatch.setenv("HF_ENDPOINT", host)
-    monkeypatch.setattr(prepare, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(sources, "RETRY_SECONDS", 0.01)
     with pytest.raises(SystemExit, match="could not download .*shard_.*HF_ENDPOINT"):
         prepare.main(ONE_SHARD)
 
@@ -326,7 +327,7 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
     monkeypatch.setattr(prepare.torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_75", "compute_120"])
     monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
     monkeypatch.setattr(prepare, "find_text", lambda paths: sys.exit())  # or download
-    monkeypatch.setattr(prepare, "fetch", lambda dataset, names: sys.exit())
+    monkeypatch.setattr(prepare, "fetch", lambda folder, dataset, names: sys.exit())
     with pytest.raises(SystemExit) as stop:
         prepare.main([])
     assert said in f"{capsys.readouterr().out} {stop.value.code}"

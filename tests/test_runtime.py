@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TINY, Function, score, start, stories, write_parquet
 
 import prepare
+from harness import journal
 
 
 class Bigram(torch.nn.Module):
@@ -113,7 +114,9 @@ def test_slow_steps_are_those_of_more_than_one_and_a_half_medians(clock, steps, 
 
 def test_second_training_on_the_device_is_refused(clock):
     """In a process of its own, which takes the lock alone: it need not wait for torch."""
-    second = start("-c", "import prepare, types; prepare.lock_device(types.SimpleNamespace(type='cpu'))")
+    second = start(
+        "-c", "import prepare, types; prepare.lock_device(prepare.HOME / 'locks', types.SimpleNamespace(type='cpu'))"
+    )
     errors = second.communicate()[1]
     assert second.returncode == 1 and f"pid {os.getpid()}" in errors and "Traceback" not in errors
 
@@ -189,7 +192,7 @@ def test_the_model_cannot_reach_the_targets(benchmark, clock):
 
 def test_journal_and_best(own, capsys):
     """Of three runs of which the second is the best, and a line between them that a full disk has cut off."""
-    scores, journal = [], own.path / "journal.jsonl"
+    scores, path = [], own.path / "journal.jsonl"
     for spread in (0.5, 0.1, 2.0):
         own = prepare.load_benchmark()  # as every run does: it counts what is read
         clock = prepare.TrainingClock(own, "cpu")
@@ -200,7 +203,7 @@ def test_journal_and_best(own, capsys):
             next(loader)
         clock.stop()
         scores.append(prepare.evaluate_bpb(Bigram(512, spread), own, 8, clock))
-        journal.write_text(journal.read_text() + '{"val_bpb": 1.0, "see' * (spread == 0.1))
+        path.write_text(path.read_text() + '{"val_bpb": 1.0, "see' * (spread == 0.1))
     runs = prepare.read_journal(own.path)
     assert "skipped, the line is incomplete" in capsys.readouterr().out
     assert [run["val_bpb"] for run in runs] == scores and scores[1] == min(scores)
@@ -218,7 +221,7 @@ def test_origin_names_commit_and_dirt(tmp_path, monkeypatch):
     def git(*words):
         return subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))
+    monkeypatch.setattr(journal, "ROOT", tmp_path)
     (tmp_path / "prepare.py").write_text("")
     assert prepare.find_origin()["commit"] is None and prepare.find_origin()["dirty"] is None  # not a repository
     git("init", "-q")

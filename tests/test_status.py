@@ -4,34 +4,35 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 from statistics import mean, stdev
 
 import pytest
-from conftest import HEADER, ROOT
+from conftest import HEADER
 from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
+from harness import journal as harness_journal
+import ledger
 
 
 @given(runs=st.lists(st.tuples(st.sampled_from("abcde"), st.floats(0.5, 2)), max_size=30))
 def test_noise_floor_and_worth_against_brute_force(runs):
-    ledger = [{"commit": commit, "val_bpb": score} for commit, score in runs]
-    scores = prepare.scores_of([*ledger, {"commit": "f", "val_bpb": math.nan}])
+    rows = [{"commit": commit, "val_bpb": score} for commit, score in runs]
+    scores = ledger.scores_of([*rows, {"commit": "f", "val_bpb": math.nan}])
     assert scores == {c: [s for other, s in runs if other == c] for c in dict.fromkeys(c for c, _ in runs)}
     repeated = [group for group in scores.values() if len(group) > 1]
     if not repeated:
-        assert math.isnan(prepare.noise_floor(scores))
+        assert math.isnan(ledger.noise_floor(scores))
     else:
         pooled = sum(stdev(g) ** 2 * (len(g) - 1) for g in repeated) / sum(len(g) - 1 for g in repeated)
-        assert prepare.noise_floor(scores) == pytest.approx(2 * math.sqrt(pooled), abs=1e-9)
+        assert ledger.noise_floor(scores) == pytest.approx(2 * math.sqrt(pooled), abs=1e-9)
     for commit, group in scores.items():
-        assert prepare.worth(commit, scores) == pytest.approx(mean(group))
+        assert ledger.worth(commit, scores) == pytest.approx(mean(group))
         for best in scores:
             decisive = group if commit == best or len(group) == 1 else group[1:]
-            assert prepare.gain(commit, best, scores) == pytest.approx(mean(scores[best]) - mean(decisive), abs=1e-9)
+            assert ledger.gain(commit, best, scores) == pytest.approx(mean(scores[best]) - mean(decisive), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -49,14 +50,14 @@ def test_noise_floor_and_worth_against_brute_force(runs):
 def test_verdict(tried, expected):
     scores = {"base": [0.995, 1.0, 1.005], "new": tried, "wide": [2.0]}
     if len(tried) == 1:  # more runs of a commit change the floor a little
-        assert prepare.noise_floor(scores) == pytest.approx(0.01)
-    assert prepare.verdict("new", "base", scores) == expected
+        assert ledger.noise_floor(scores) == pytest.approx(0.01)
+    assert ledger.verdict("new", "base", scores) == expected
 
 
 def test_sparkline():
-    assert prepare.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
-    assert prepare.sparkline([2, 2]) == "▁▁" and prepare.sparkline([1]) == "▁"
-    assert len(prepare.sparkline(list(range(500)))) == 60 and prepare.sparkline(list(range(500)))[-1] == "█"
+    assert ledger.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
+    assert ledger.sparkline([2, 2]) == "▁▁" and ledger.sparkline([1]) == "▁"
+    assert len(ledger.sparkline(list(range(500)))) == 60 and ledger.sparkline(list(range(500)))[-1] == "█"
 
 
 # --------------------------------------
@@ -68,8 +69,7 @@ def night(own, tmp_path, monkeypatch, capsys):
     """A repository with a ledger and a journal, to which runs are added; `status()` is what the command prints."""
     folder = tmp_path / "clone"
     folder.mkdir()
-    shutil.copy(ROOT / "prepare.py", folder)
-    monkeypatch.setattr(prepare, "__file__", str(folder / "prepare.py"))
+    monkeypatch.setattr(harness_journal, "ROOT", folder)
     monkeypatch.chdir(folder)
     journal = own.path / "journal.jsonl"
 

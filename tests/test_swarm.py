@@ -134,7 +134,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
         f"wave-{tried['base']}-1": "exit 0",
         f"wave-{tried['slip']}-1": "exit 1",
     }, "\n".join(path.read_text()[-500:] for path in agent.folder.glob("wave/*.log"))
-    holder = prepare.lock_device(torch.device("cpu"))  # somebody else trains on the first node
+    holder = prepare.lock_device(prepare.HOME / "locks", torch.device("cpu"))  # somebody else trains on the first node
     again = agent.sh("submit", runs="good:1 good:1-2", slot=slot, **with_arguments)
     assert f"{good} not submitted" in again and "already exists" in again  # the same id does not run twice
     wait_for(lambda: jobs()[good + "-2"] == "FAILED")

@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import prepare
+from harness.tokenizer import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -50,5 +51,5 @@ def test_training_is_deterministic_and_saved_exactly(tmp_path):
 def test_rows_of_the_benchmark_are_the_source_text(benchmark, tokenizer):
     source = "".join(path.read_text(encoding="utf-8") for root in TEXT for path in prepare.Path(root).rglob("*.py"))
     for row in benchmark.rows("val"):
-        for piece in tokenizer.decode(row).split(prepare.SPECIAL_TOKENS[0]):
+        for piece in tokenizer.decode(row).split(SPECIAL_TOKENS[0]):
             assert piece.strip("\ufffd") in source  # it may be cut within a character
