@@ -1,4 +1,4 @@
-"""Best-fit packing of documents into rows of one length."""
+"""Best-fit packing: documents become rows of one length, and every token of a row is real text."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from collections import deque
 
 import numpy as np
 
-PACKING_BUFFER = 1_000  # documents that best-fit packing chooses from
+PACKING_BUFFER = 1_000  # documents that best fit chooses from
 
 
 class Progress:
@@ -19,73 +19,108 @@ class Progress:
         self.printed = time.monotonic()
 
     def __call__(self, line, last=False):
-        if last or time.monotonic() - self.printed >= self.seconds:
-            self.printed = time.monotonic()
-            start, end = ("\r\033[K", "\n" if last else "") if self.terminal else ("", "\n")  # erases the line before
-            print(f"{start}{line}", end=end, flush=True)
+        if not last and time.monotonic() - self.printed < self.seconds:
+            return
+        self.printed = time.monotonic()
+        # on a terminal the line before is erased first
+        if not self.terminal:
+            print(line, flush=True)
+        elif last:
+            print(f"\r\033[K{line}", flush=True)
+        else:
+            print(f"\r\033[K{line}", end="", flush=True)
+
+
+class Buffer:
+    """Documents that wait for a row, by length: which one is the longest that fits?"""
+
+    def __init__(self):
+        self.count = 0
+        self.lengths = []  # that occur: sorted, each once
+        self.waiting = {}  # length -> documents, in order of arrival
+
+    def add(self, tokens):
+        """A token array without BOS, which counts one more."""
+        length = len(tokens) + 1
+        if length not in self.waiting:
+            self.waiting[length] = deque()
+            insort(self.lengths, length)
+        self.waiting[length].append(tokens)
+        self.count += 1
+
+    def take(self, space):
+        """The longest document of at most `space` tokens, the earliest among equals; if none fits, the shortest."""
+        index = max(0, bisect_right(self.lengths, space) - 1)
+        length = self.lengths[index]
+        tokens = self.waiting[length].popleft()
+        if not self.waiting[length]:
+            del self.waiting[length], self.lengths[index]
+        self.count -= 1
+        return tokens
 
 
 def pack(batches, row_length, bos, split):
     """
-    Best-fit packing: rows of exactly `row_length` tokens, every one of them real text.
+    Rows of exactly `row_length` tokens: uint16 [row_length], each of which starts with BOS.
 
-    A document is BOS and its tokens. Of the documents in the buffer the longest that fits the space left goes next (the
-    earliest among equals); when none fits, the shortest is cropped to fill the row. With `split`, documents longer than
-    a row come in row-sized pieces and the rest of a cropped one becomes a piece of its own (BOS first), so that no text
-    is lost but that of the last, incomplete row; without, the rest is thrown away. So every row starts with BOS.
+    A document is BOS and its tokens. The longest document of the buffer that fits the space left goes next; when none
+    fits, the shortest is cropped to fill the row. With `split`, documents longer than a row come in row-sized pieces,
+    and the rest of a cropped one becomes a piece of its own (BOS first), so that no text is lost but that of the last,
+    incomplete row. Without, the rest is thrown away.
 
-    Args: `batches` yields lists of token arrays without BOS; a list enters the buffer whole whenever that holds fewer
-    than PACKING_BUFFER documents. Yields uint16 [row_length].
+    `batches` yields lists of token arrays without BOS. A list enters the buffer whole, before a document is placed,
+    whenever the buffer holds fewer than PACKING_BUFFER documents.
     """
     batches = iter(batches)
-    lengths = []  # of the documents in the buffer: sorted, each once
-    waiting = {}  # length -> documents, in order of arrival
-    count = 0
-
-    def add(tokens):
-        nonlocal count
-        count += 1
-        length = len(tokens) + 1
-        if length not in waiting:
-            waiting[length] = deque()
-            insort(lengths, length)
-        waiting[length].append(tokens)
-
+    buffer = Buffer()
     while True:
         row = np.full(row_length, bos, dtype=np.uint16)
         filled = 0
         while filled < row_length:
-            while count < PACKING_BUFFER and (batch := next(batches, None)) is not None:
-                for tokens in batch:
-                    piece = row_length - 1 if split else max(1, len(tokens))
-                    for start in range(0, max(1, len(tokens)), piece):
-                        add(tokens[start : start + piece])
-            if not count:
-                return
+            fill(buffer, batches, row_length, split)
+            if buffer.count == 0:
+                return  # what is in this row is lost
             space = row_length - filled
-            index = max(0, bisect_right(lengths, space) - 1)
-            length = lengths[index]
-            tokens = waiting[length].popleft()
-            count -= 1
-            if not waiting[length]:
-                del waiting[length], lengths[index]
-            taken = min(len(tokens), space - 1)
-            row[filled + 1 : filled + 1 + taken] = tokens[:taken]
-            filled += 1 + taken
-            if split and taken < len(tokens):
-                add(tokens[taken:])
+            tokens = buffer.take(space)
+
+            # BOS is there already; the document's tokens follow it
+            kept = min(len(tokens), space - 1)
+            row[filled + 1 : filled + 1 + kept] = tokens[:kept]
+            filled += 1 + kept
+            if split and kept < len(tokens):
+                buffer.add(tokens[kept:])
         yield row
 
 
+def fill(buffer, batches, row_length, split):
+    """Let batches in until the buffer is full or there are no more."""
+    while buffer.count < PACKING_BUFFER:
+        batch = next(batches, None)
+        if batch is None:
+            return
+        for tokens in batch:
+            # an empty document is one piece, too: BOS alone
+            piece = row_length - 1 if split else max(1, len(tokens))
+            for start in range(0, max(1, len(tokens)), piece):
+                buffer.add(tokens[start : start + piece])
+
+
 def write_rows(path, rows, row_length):
-    """Stream rows into an .npy file; returns how many. The header has room for any count (numpy pads it for that)."""
-    progress, count = Progress(), 0
-    with open(path, "wb") as file:
-        header = {"descr": "<u2", "fortran_order": False, "shape": (0, row_length)}
-        np.lib.format.write_array_header_1_0(file, header)
+    """Write an .npy file, uint16 [rows, row_length], of rows that come one by one; returns how many there were."""
+    progress = Progress()
+    count = 0
+
+    # How many there will be is known at the end, but an .npy file begins with its shape: the rows go to a file of their
+    # own first, and are copied
+    raw = path.with_suffix(".raw")
+    with open(raw, "wb") as file:
         for count, row in enumerate(rows, 1):
             file.write(row.astype("<u2", copy=False))
             progress(f"packing {path.name}: {count:,} rows")
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (count, row_length)})
+    if count == 0:
+        table = np.empty((0, row_length), "<u2")
+    else:
+        table = np.memmap(raw, "<u2", "r", shape=(count, row_length))
+    np.save(path, table)
+    raw.unlink()
     return count
