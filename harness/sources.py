@@ -1,189 +1,239 @@
-"""Where documents come from: parquet, jsonl, text files, downloads. A source is a stream of batches, lists of str."""
+"""
+Text of the user's own, or the Python source that is on every machine: which files, in which order, in which groups.
 
+A source is a stream of batches. A batch is a list of documents (str) that stay on one side of the split.
+"""
+
+import copy
 import hashlib
 import importlib.util
-import itertools
-import json
 import os
-import random
-import re
 import sysconfig
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
 from pathlib import Path
 
-from harness.journal import first_line, sha256
+from harness.documents import Skipped, cut, file_kind, jsonl_batches, parquet_batches, printable, read_text
 
-REPOSITORIES = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
-DOCUMENT_BATCH = 128  # documents that enter that buffer together
-LOCAL_PACKAGES = ("torch", "sympy", "numpy", "networkx")  # the default text, with the standard library
-LOCAL_SKIPPED = ("test", "tests", "idle_test", "site-packages", "dist-packages")
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")  # the last two hold many documents
-FEW_GROUPS = 10  # with fewer groups of local text than this, files are cut into blocks, each a group of its own ...
-BLOCK = r"(?s:.{1,65536})[^\n]{0,65536}\n?"  # ... of 65,536 characters and the rest of the line, if it is not too long
-DOWNLOAD_WORKERS = 4
-DOWNLOAD_ATTEMPTS = 4
-DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
-RETRY_SECONDS = 1.0  # before the second attempt; doubles with each
+FEW_GROUPS = 10  # with fewer groups of files than this, each block of text is a batch of its own
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LFS_POINTER_BYTES = 1024  # a pointer file is smaller, says its specification
+DEFAULT_TEXT = {
+    "packages": ("torch", "sympy", "numpy", "networkx"),  # and the standard library
+    "ignored": {"test", "tests", "idle_test", "site-packages", "dist-packages"},
+}
 
 
-def parquet_batches(path):
-    """Documents of column `text`, at most DOCUMENT_BATCH at a time and never across a row group."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
-                for start in range(0, len(texts), DOCUMENT_BATCH):
-                    yield [text or "" for text in texts[start : start + DOCUMENT_BATCH]]
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise SystemExit(f"{path}: not a parquet file with a column `text` ({first_line(error)})") from None
+# --------------------------------------
+# Search
 
 
-def jsonl_batches(path):
-    """The `text` fields of a file's lines, DOCUMENT_BATCH lines at a time."""
-    with open(path, "rb") as lines:
-        numbered = enumerate(lines, 1)
-        while some := list(itertools.islice(numbered, DOCUMENT_BATCH)):
-            batch = []
-            for number, line in some:
-                try:
-                    if line.strip():
-                        batch.append(json.loads(line)["text"].encode(errors="replace").decode())  # no lone surrogates
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise SystemExit(f"{path}:{number}: not a JSON object with a string `text`") from None
-            yield batch
+class Search:
+    """Looks for text files under folders. Remembers how each looked, and what was left out."""
+
+    def __init__(self, is_default):
+        self.is_default = is_default
+        self.groups = {}  # name: paths
+        self.states = {}  # path: size in bytes, time of change in nanoseconds
+        self.skipped = Skipped()
+        self.entered = set()  # folders, by device and inode
+        self.links = []  # to folders: prefix, root, path
+
+    def walk(self, prefix, root, top, is_link=False):
+        """Add what lies under the folder `top`: `root` itself, or a link under it. A group's name has the prefix."""
+        for folder, subfolders, names in os.walk(top, onerror=self.note_folder):
+            # A link may lead to a folder that was found before, or back to one that it is in.
+            identity = folder_identity(folder)
+            if is_link and identity in self.entered:
+                subfolders.clear()
+                continue
+            self.entered.add(identity)
+
+            # os.walk goes on with the subfolders that are left in this list, links excepted.
+            subfolders[:] = sorted(name for name in subfolders if self.enters(name))
+            paths = [Path(folder, name) for name in subfolders]
+            self.links += [(prefix, root, path) for path in paths if os.path.islink(path)]
+
+            # A group is what lies in one subfolder of the root, or a lone file beside those.
+            for name in sorted(names):
+                path = Path(folder, name)
+                if self.takes(path):
+                    self.add(prefix + path.relative_to(root).parts[0], path)
+
+    def follow_links(self):
+        """Called after all walks, so that a folder wins over links to it. Links behind links make the list longer."""
+        for prefix, root, path in self.links:
+            self.walk(prefix, root, path, is_link=True)
+
+    def enters(self, name):
+        if self.is_default and name in DEFAULT_TEXT["ignored"]:
+            return False
+        return not name.startswith(".") and name != "__pycache__"
+
+    def takes(self, path):
+        if path.name.startswith("."):
+            return False
+        if self.is_default:
+            return path.suffix == ".py"
+        suffix, compression = file_kind(path)
+        if suffix == ".parquet":
+            return compression is None
+        return suffix in TEXT_SUFFIXES
+
+    def note_folder(self, error):
+        self.skipped.add("unlisted", error.filename)
+
+    def add(self, group, path):
+        """Add a file to a group, if it can be read and its content is here."""
+        # A pipe is no text: to open it may take forever.
+        if not os.path.isfile(path):
+            self.skipped.add("unreadable", path)
+            return
+        try:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                start = file.read(len(LFS_POINTER))
+        except OSError:
+            self.skipped.add("unreadable", path)
+            return
+        if start == LFS_POINTER and status.st_size < LFS_POINTER_BYTES:
+            self.skipped.add("pointer", path)
+            return
+        self.groups.setdefault(group, []).append(path)
+        self.states[path] = file_state(status)
 
 
-def find_text(paths):
+def folder_identity(path):
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def file_state(status):
+    """What changes when a file does: size in bytes, time of change in nanoseconds."""
+    return status.st_size, status.st_mtime_ns
+
+
+def search_paths(paths):
+    """A Search that has looked under the user's paths. Raises SystemExit, in one line, if nothing was found."""
+    search = Search(is_default=False)
+    for root in map(Path, paths):
+        if not os.path.exists(root):
+            raise SystemExit(f"--text {printable(root)}: no such file or folder")
+        if os.path.isdir(root):
+            search.walk("", root, root)
+        else:
+            search.add(root.name, root)
+    search.follow_links()
+
+    # What was left out may be all that there is.
+    if not search.groups:
+        listed = printable(" ".join(map(str, paths)))
+        reasons = [f"no {' '.join(TEXT_SUFFIXES)} file in there", *search.skipped.lines()]
+        raise SystemExit(f"--text {listed}: {'; '.join(reasons)}")
+    return search
+
+
+def search_default():
+    """A Search that has found the Python source of the standard library and of some packages, without their tests."""
+    search = Search(is_default=True)
+    for package in DEFAULT_TEXT["packages"]:
+        root = Path(importlib.util.find_spec(package).origin).parent
+        search.walk(f"{package}/", root, root)
+    root = Path(sysconfig.get_path("stdlib"))
+    search.walk("", root, root)
+    return search
+
+
+# --------------------------------------
+# Batches
+
+
+class LocalText:
     """
-    The text files under the user's paths by group, {name: files}: top-level folders and lone files. Without paths: the
-    Python source of the standard library and of LOCAL_PACKAGES, without their tests. Groups come in the order of a hash
-    of their name; validation takes the first ones.
+    Text files under the user's `paths` (folders or files), or the default text without paths. They are found at once.
+
+    Groups, which are top-level folders and lone files, come in the order of a hash of their name: validation takes the
+    first ones. Raises SystemExit, in one line, for bad paths.
     """
-    groups, skipped, suffixes = {}, (), TEXT_SUFFIXES
-    roots = [("", Path(path)) for path in paths]
-    if not paths:
-        skipped, suffixes = LOCAL_SKIPPED, (".py",)
-        roots = [(f"{name}/", Path(importlib.util.find_spec(name).origin).parent) for name in LOCAL_PACKAGES]
-        roots.append(("", Path(sysconfig.get_path("stdlib"))))
-    for prefix, root in roots:
-        if not root.exists():
-            raise SystemExit(f"--text {root}: no such file or folder")
-        if root.is_file():
-            groups.setdefault(root.name, []).append(root)
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = sorted(s for s in subfolders if s not in skipped and s[0] != "." and s != "__pycache__")
-            for file in (Path(folder, name) for name in sorted(names)):
-                if file.suffix in suffixes and file.name[0] != "." and file.is_file():
-                    groups.setdefault(prefix + file.relative_to(root).parts[0], []).append(file)
-    if not groups:
-        raise SystemExit(f"--text {' '.join(paths)}: no {' '.join(TEXT_SUFFIXES)} file in there")
-    return dict(sorted(groups.items(), key=lambda group: hashlib.sha256(group[0].encode()).digest()))
+
+    def __init__(self, paths):
+        search = search_paths(paths) if paths else search_default()
+
+        # fsencode takes names that are not UTF-8, too.
+        def name_hash(name):
+            return hashlib.sha256(os.fsencode(name)).digest()
+
+        self.groups = {name: search.groups[name] for name in sorted(search.groups, key=name_hash)}
+        self._states = search.states
+        self._not_found = search.skipped
+        self.counts = Counter()
+        self.skipped = copy.deepcopy(search.skipped)
+
+    def batches(self):
+        """
+        A new pass over the text: batches, lists of str. `counts` and `skipped` are those of the last pass begun.
+
+        A batch is a group, so that validation text is not a near-copy of training text, or a block of text if there
+        are few groups. Records of .jsonl and .parquet files stand alone. Exact duplicates are dropped. Raises
+        SystemExit, in one line, for a file that is damaged.
+        """
+        self.counts = Counter()
+        self.skipped = copy.deepcopy(self._not_found)
+        return self._read(Duplicates(self.counts), self.skipped)
+
+    def _read(self, duplicates, skipped):
+        has_few_groups = len(self.groups) < FEW_GROUPS
+        for paths in self.groups.values():
+            group = []
+            for path in paths:
+                suffix, _ = file_kind(path)
+                if suffix == ".jsonl":
+                    yield from map(duplicates.drop, jsonl_batches(path, skipped))
+                elif suffix == ".parquet":
+                    yield from map(duplicates.drop, parquet_batches(path, skipped))
+                elif has_few_groups:
+                    for block in cut(read_text(path, skipped)):
+                        yield duplicates.drop([block])
+                else:
+                    group += duplicates.drop([read_text(path, skipped)])
+            yield group
+
+    def signature(self):
+        """How all files looked when they were found: a list of (absolute path, size in bytes, mtime in ns)."""
+        return [(str(path.absolute()), *state) for path, state in self._states.items()]
+
+    def refuse_changes(self):
+        """
+        Raises SystemExit, in one line, if a file has changed since it was found.
+
+        The text is read several times, and its batches are counted: a file that grows meanwhile would move scored
+        text into training.
+        """
+        for path, state in self._states.items():
+            try:
+                is_same = file_state(os.stat(path)) == state
+            except OSError:
+                is_same = False
+            if not is_same:
+                advice = "run this again when nothing writes to it"
+                raise SystemExit(f"{printable(path)}: changed while it was read; {advice}")
 
 
-def local_batches(groups, counts):
-    """
-    A batch per group, so that validation text is not a near-copy of training text; or per block of text if there are
-    few groups. Records of .jsonl and .parquet files stand alone. Exact duplicates are dropped, files that can't be read
-    or are not UTF-8 are skipped, and both are counted.
-    """
-    counts.clear()
-    seen = set()
+class Duplicates:
+    """Drops documents that were there before, and empty ones; counts the others."""
 
-    def distinct(texts):
-        fresh = []
+    def __init__(self, counts):
+        self.counts = counts
+        self.digests = set()
+
+    def drop(self, texts):
+        kept = []
         for text in filter(None, texts):
             digest = hashlib.sha256(text.encode()).digest()[:16]
-            counts["duplicates" if digest in seen else "documents"] += 1
-            fresh += [] if digest in seen else [text]
-            seen.add(digest)
-        return fresh
-
-    for files in groups.values():
-        group = []
-        for file in files:
-            if file.suffix in (".jsonl", ".parquet"):
-                yield from map(distinct, jsonl_batches(file) if file.suffix == ".jsonl" else parquet_batches(file))
-                continue
-            try:
-                text = file.read_bytes().decode()  # no newline translation: bytes are counted as they are
-            except (OSError, UnicodeDecodeError):
-                counts["skipped files"] += 1
-                continue
-            if len(groups) < FEW_GROUPS:
-                yield from (distinct([block]) for block in re.findall(BLOCK, text))
+            if digest in self.digests:
+                self.counts["duplicates"] += 1
             else:
-                group += distinct([text])
-        yield group
-
-
-def fetch(folder, dataset, names):
-    """Download files of a Hugging Face dataset that are not here yet, in parallel. Returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/datasets/{REPOSITORIES[dataset]}/resolve/main"
-    stop = threading.Event()  # partial downloads are kept for the next run
-    with ThreadPoolExecutor(DOWNLOAD_WORKERS) as pool:
-        missing = [name for name in names if not (folder / name).exists()]
-        downloads = [pool.submit(download, f"{url}/{name}", folder / name, stop) for name in missing]
-        try:
-            for count, one in enumerate(as_completed(downloads), 1):
-                print(f"{dataset}: {count} of {len(missing)} files, {one.result().name} is here", flush=True)
-        except KeyboardInterrupt:
-            print("interrupted; run this again to resume")
-            os._exit(130)  # at once: a thread that waits for a stalled server would hold the process up
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-    return [folder / name for name in names]
-
-
-def download(url, path, stop):
-    """
-    Fetch one parquet file; an interrupted download resumes. The name appears only when it is complete.
-
-    Raises SystemExit, naming the file and the reason, when DOWNLOAD_ATTEMPTS in a row have failed.
-    """
-    import requests
-
-    part = path.with_name(path.name + ".part")
-    for attempt in range(DOWNLOAD_ATTEMPTS):
-        if stop.wait(attempt and RETRY_SECONDS * (2**attempt / 2 + random.random())):
-            raise SystemExit("another download failed")
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
-                if response.status_code != 416:  # else there is no more than we have
-                    response.raise_for_status()
-                    with open(part, "ab" if response.status_code == 206 else "wb") as file:
-                        for chunk in response.iter_content(1 << 14):
-                            file.write(chunk)
-                            if stop.is_set():
-                                raise SystemExit("another download failed")
-            tags = [reply.headers.get("X-Linked-ETag", "").strip('"') for reply in (*response.history, response)]
-            if any(len(tag) == 64 and tag != sha256(part) for tag in tags):
-                raise SystemExit("its sha256 is not the one that the server announced")
-            next(parquet_batches(part), None)
-            os.replace(part, path)
-            return path
-        except requests.HTTPError as error:
-            reason = f"HTTP {error.response.status_code} {error.response.reason}"
-            if error.response.status_code < 500 and error.response.status_code not in (408, 429):
-                break
-            retry_after = error.response.headers.get("Retry-After", "")
-            stop.wait(min(60, int(retry_after)) if retry_after.isdecimal() else 0)
-        except requests.RequestException as error:  # truncated bodies included
-            reason = first_line(error)
-        except SystemExit as error:
-            if stop.is_set():
-                raise
-            part.unlink()  # complete, but not what it should be
-            reason = str(error)
-    raise SystemExit(
-        f"could not download {url}: {reason}; check the network or name a mirror in HF_ENDPOINT, and run this again "
-        "(it resumes); offline, use --dataset local"
-    )
+                self.counts["documents"] += 1
+                self.digests.add(digest)
+                kept.append(text)
+        return kept
