@@ -1,136 +1,150 @@
-"""The probe: does a model see later tokens or other rows?"""
+"""
+The probe: a logit may depend on its own token and on earlier ones of its row, and on nothing else.
 
-import importlib
-import math
+Every cut of a row is tried once: the tokens behind it are replaced, and no logit before it may move. Cuts that are
+sampled would miss a leak at a fixed place nine times out of ten in rows of 2,048 tokens.
+
+Rounding moves logits, too: in a mixture of experts, say, other tokens change the order of sums. How far is seen when
+nothing changes, and when only other rows do. A suspect is tried again: a leak moves it every time, chance does not.
+"""
 
 import numpy as np
+import torch
+
+REPEATS = 4  # times that a suspect is tried again
+ROUNDING = 1e-4  # logits may move by this share of their standard deviation ...
+MARGIN = 3  # ... and by so many times what was seen without a new future
+MOVED = 0.05  # more than this share without a new future is no rounding ...
+MOVED_POSITIONS = 0.01  # ... if it happens at more than this share of the positions
+LOWEST = -50.0  # what is less likely than exp of this is cut off: a mask of -1e9 would hide all the rest
 
 
-class Lazy:
-    """A module that is imported when it is first used: --status, beside a training, must not take 4 s for torch."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self.name), attribute)
-
-
-torch = Lazy("torch")
-
-PROBE_CUTS = 256  # futures that the probe replaces, or T / 4 if that is more
-PROBE_CONTROLS = 4  # times that it changes other rows only
-PROBE_REPEATS = 4  # a leak moves logits every time, chance does not
-PROBE_NOISE = 1e-4  # rounding may move logits by this share of their standard deviation ...
-PROBE_MARGIN = 3  # ... and by so many times what was seen without a new future
-MOVED_SHARE = 0.05  # but if they move by more than this without one, at more than ...
-MOVED_POSITIONS = 0.01  # ... this share of the positions, it is no rounding
-
-
-def predict(model, inputs, vocab_size):
+class Probe:
     """
-    The model's logits, float32 [B, T, V]. It gets a copy of the inputs: their storage holds the targets too.
+    One probe of a model, on rows drawn at random: `Probe(predict, rows, batch_size, vocab_size).run()`.
 
-    Not under no_grad: a compiled model would need other graphs than in training, which takes longer than it saves.
+    `predict(ids)` takes int64 [B, T] on the CPU and returns float32 logits [B, T, V] on any device; `rows` is uint16
+    [R, T + 1]. run() raises RuntimeError, naming the first position, if the model sees later tokens or other rows, or
+    if it gives two answers to one input.
     """
-    logits = model(inputs.clone())
-    shape = (*inputs.shape, vocab_size)
-    if not torch.is_tensor(logits) or logits.shape != shape:
-        got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
-        raise ValueError(f"not scored: model(inputs) must return logits of shape {shape}, not {got}")
-    return logits.detach().float()
 
+    def __init__(self, predict, rows, batch_size, vocab_size):
+        self.predict = predict
+        self.vocab_size = vocab_size
+        self.generator = torch.Generator()  # of its own: train.py seeds torch's, and a model could know what comes
+        self.generator.seed()
 
-def check_causality(model, rows, batch_size, vocab_size, device):
-    """
-    The probe: a logit may depend on its own token and on earlier ones of its row, and on nothing else.
+        # B rows of T tokens, and the cuts of each: int64 [passes, B]
+        index = torch.randperm(len(rows), generator=self.generator).numpy()
+        self.ids = torch.from_numpy(rows[np.resize(index, batch_size)][:, :-1].astype(np.int64))
+        self.B, self.T = self.ids.shape
+        self.positions = torch.arange(self.T)
+        self.cuts = self.draw_cuts()
 
-    Many times, the tokens of each row after a cut of its own are replaced; logits before the cut must not move.
-    Rounding may move them (in a mixture of experts, say, other tokens change the order of sums): by how much is seen
-    when nothing changes and when only other rows do. A suspect is tried again, with the same future and other rows
-    around it, against controls: a leak moves it every time, chance does not. Raises RuntimeError naming the first
-    position.
-    """
-    generator = torch.Generator()  # of its own: train.py seeds torch's
-    generator.seed()
+        # a document starts just before each row's first cut, so that a look across its border is seen
+        bos = int(self.ids[0, 0])
+        self.ids[torch.arange(self.B), self.cuts[0] - 1] = bos
 
-    def draw(low, high, *shape):
-        return torch.randint(low, high, shape, generator=generator)
+        # and one cut more, just behind the rarest token: ids grow with rarity, and the special ones come last
+        rarest = self.ids.where(self.ids < bos, 0).argmax(dim=1)
+        self.cuts = torch.cat([self.cuts, (rarest + 1).clamp(1, self.T - 1)[None]])
 
-    def predict_below_largest(ids):
-        """Relative to the largest logit and not below -50, or logits masked with -1e9 would dominate the deviation."""
-        logits = predict(model, ids.to(device), vocab_size)
-        return ((row - row.amax(dim=-1, keepdim=True)).clamp(min=-50) for row in logits)  # row by row, for the memory
+        # what the model says of the true rows, to which everything is compared
+        self.before = list(self.relative_logits(self.ids))
+        self.scale = [row.std() for row in self.before]
+        self.noise = torch.zeros(self.B, self.T)  # how far logits have moved without a new future
 
-    def movement(ids):
-        """By how much logits moved, in standard deviations: [B, T]."""
-        rows = zip(predict_below_largest(ids), before)
-        return torch.stack([(new - old).abs().amax(dim=-1) / old.std() for new, old in rows]).cpu()
+    def run(self):
+        self.measure_noise()
+        for cuts in self.cuts:
+            # each row keeps what is before its cut, and gets another future
+            kept = self.positions < cuts[:, None]
+            future = self.replace(kept)
+            leaks = kept & self.moved(future)
+            if leaks.any():
+                self.confirm(kept, future, leaks)
 
-    def altered(kept):
-        """Other tokens wherever the mask [B, T] does not keep them."""
-        return torch.where(kept, ids, (ids + draw(1, vocab_size, B, T)) % vocab_size)
+    def draw_cuts(self):
+        """Each of 1 .. T - 1 once, in any order, and more of them where the last pass has rows left."""
+        every = 1 + torch.randperm(self.T - 1, generator=self.generator)
+        missing = -len(every) % self.B
+        more = self.draw(1, self.T, missing)
+        return torch.cat([every, more]).view(-1, self.B)
 
-    def choose(candidates):
-        """Some of the candidate rows, a mask [B]: at most half of all rows, or one. A mask [B, 1]."""
-        ranks = torch.rand(B, generator=generator) * candidates
-        return ((ranks >= ranks.sort().values[-max(1, B // 2)]) & candidates)[:, None]
+    def measure_noise(self):
+        """What moves when nothing changes, and in one half of the rows when only the other half does."""
+        self.noise = self.movement(self.ids)
+        if (self.noise > MOVED).float().mean() > MOVED_POSITIONS:
+            raise RuntimeError(
+                "the model gives two answers to the same input: is dropout on, or does it draw at random?"
+            )
+        if self.B == 1:
+            return
 
-    def control(chosen, others):
-        """How far do the chosen rows move when only the others change?"""
-        nonlocal noise
-        noise = torch.maximum(noise, movement(torch.where(chosen, ids, others)).where(chosen, 0))
-        moved = (noise > MOVED_SHARE).nonzero()
-        if len(moved) > MOVED_POSITIONS * noise.numel():
+        # each half in turn stays as it is while the other one changes
+        half = torch.randperm(self.B, generator=self.generator)[:, None] < self.B // 2
+        for chosen in (half, ~half):
+            self.control(chosen, self.replace_all())
+
+    def control(self, chosen, others):
+        """Add to the noise how far the chosen rows [B, 1] move when only the others change."""
+        movement = self.movement(torch.where(chosen, self.ids, others))
+        self.noise = torch.maximum(self.noise, movement.where(chosen, 0))
+        moved = (self.noise > MOVED).nonzero()
+        if len(moved) > MOVED_POSITIONS * self.noise.numel():
             raise RuntimeError(
                 f"the model sees other rows: logits at position {int(moved[0, 1])} changed when only other rows of the "
-                "batch changed"
+                "batch changed; or it takes a scale over the whole batch (dynamic fp8): take it per row"
             )
 
-    index = torch.randperm(len(rows), generator=generator).numpy()
-    ids = read(rows, np.resize(index, batch_size))[:, :-1].clone()
-    B, T = ids.shape
-    positions, nothing = torch.arange(T), torch.zeros(B, T, dtype=torch.bool)
-    bos, starts = int(ids[0, 0]), draw(1, max(2, T - 1), B)
-    ids[torch.arange(B), starts] = bos  # a document starts in each row
+    def confirm(self, kept, future, leaks):
+        """Try suspects again, with their future, among rows that are new each time. Returns if none is left."""
+        for _ in range(REPEATS):
+            # how far do they move without a new future, among these others?
+            suspects = self.choose(leaks.any(dim=1))
+            others = self.replace_all()
+            self.control(suspects, others)
 
-    before = list(predict_below_largest(ids))
-    noise = movement(ids)
-    if (noise > MOVED_SHARE).float().mean() > MOVED_POSITIONS:
-        raise RuntimeError("the model gives two answers to the same input: is dropout on, or does it draw at random?")
-    for _ in range(PROBE_CONTROLS):
-        control(choose(nothing[:, 0] == 0), altered(nothing))
-
-    shape = -(-max(PROBE_CUTS, T // 4) // B), B
-    share = (torch.arange(math.prod(shape)) + torch.rand(math.prod(shape), generator=generator)) / math.prod(shape)
-    cuts = 1 + ((T - 1) * share).long().view(shape)
-    kinds = (torch.randperm(math.prod(shape), generator=generator) % 8).view(shape)
-    chunks = 2 ** draw(5, 9, *shape)  # 32 to 256 tokens, whose border may be off by one
-    borders = chunks * (1 + draw(0, 2**30, *shape) % (T // chunks).clamp(min=1)) + draw(-1, 2, *shape)
-    cuts = torch.where(kinds < 2, borders, cuts)
-    rarest = ids.where(ids < bos, 0).argmax(dim=1)  # the highest id: cut just before it and just after
-    cuts = torch.where(kinds == 2, rarest + draw(0, 2, *shape), cuts)
-    cuts = torch.where(kinds == 3, starts + draw(0, 2, *shape), cuts)
-    cuts[0, 0] = T - 1  # the last token alone
-    for cut in cuts.clamp(1, T - 1):
-        kept = positions < cut[:, None]
-        changed = altered(kept)
-        leaks = kept & (movement(changed) > PROBE_NOISE + PROBE_MARGIN * noise)
-        for _ in range(PROBE_REPEATS):
+            # and with one? (In a batch of one there are no others: another future is all that can differ)
+            if self.B == 1:
+                future = self.replace(kept)
+            leaks = leaks & suspects & self.moved(torch.where(suspects, future, others))
             if not leaks.any():
-                break
-            suspects, others = choose(leaks.any(dim=1)), altered(nothing)
-            control(suspects, others)
-            changed = altered(kept) if B == 1 else changed  # without other rows another future is all that can differ
-            moved = movement(torch.where(suspects, changed, others))
-            leaks &= suspects & (moved > PROBE_NOISE + PROBE_MARGIN * noise)
-        if leaks.any():
-            raise RuntimeError(
-                f"the model sees the future: logits at position {int(leaks.nonzero()[0, 1])} changed when only later "
-                "tokens changed"
-            )
+                return
+        raise RuntimeError(
+            f"the model sees the future: logits at position {int(leaks.nonzero()[0, 1])} changed when only later "
+            "tokens changed"
+        )
 
+    def choose(self, candidates):
+        """Some of the candidate rows, a mask [B, 1]: at most half of all rows, so that others are left, or one."""
+        ranks = torch.rand(self.B, generator=self.generator) * candidates
+        lowest = ranks.sort().values[-max(1, self.B // 2)]
+        return ((ranks >= lowest) & candidates)[:, None]
 
-def read(rows, index):
-    """A copy of the rows at `index`, an array: int64 [B, T + 1]."""
-    return torch.from_numpy(rows[index].astype(np.int64))
+    def replace(self, kept):
+        """Another token wherever the mask [B, T] does not keep it."""
+        others = (self.ids + self.draw(1, self.vocab_size, self.B, self.T)) % self.vocab_size
+        return torch.where(kept, self.ids, others)
+
+    def replace_all(self):
+        return self.replace(torch.zeros(self.B, self.T, dtype=torch.bool))
+
+    def moved(self, ids):
+        """Where logits moved by more than rounding: bool [B, T]."""
+        return self.movement(ids) > ROUNDING + MARGIN * self.noise
+
+    def movement(self, ids):
+        """How far logits are from those of the true rows, in standard deviations: [B, T]."""
+        farthest = []
+        for new, old, scale in zip(self.relative_logits(ids), self.before, self.scale, strict=True):
+            farthest.append((new - old).abs().amax(dim=-1) / scale)
+        return torch.stack(farthest).cpu()
+
+    def relative_logits(self, ids):
+        """Row by row, for the memory: logits [T, V] below the largest one of their position."""
+        for row in self.predict(ids):
+            yield (row - row.amax(dim=-1, keepdim=True)).clamp(min=LOWEST)
+
+    def draw(self, low, high, *shape):
+        return torch.randint(low, high, shape, generator=self.generator)
