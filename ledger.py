@@ -3,24 +3,19 @@
 import csv
 import itertools
 import math
-import os
 import re
 import statistics
 import time
-from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-import prepare
-from harness.journal import git, read_journal
+from harness.journal import SLOW_FLAG, flags, git, read_journal
 
 LEDGER = ("commit", "val_bpb", "memory_gb", "status", "description")
 CRASH = "0.000000\t0.0\tcrash"  # these columns of a run without a score
 PROMISING = 1 / 4  # of the noise floor: what a first run must gain to be repeated ...
 KEEP = 1 / 2  # ... and what the runs after it must gain
 SEEDS = (1, 2, 3, 4, 5)  # that program.md names, three for the baseline
-LATE_FLAG = 1.02  # budgets of training
-SLOW_FLAG = 10  # percent of the time in slow steps
 SLOW_RUN = 0.5  # of the most steps that a run of the same commit has made
 
 
@@ -36,7 +31,7 @@ def read_ledger(path="results.tsv"):
     names = [name.strip().lower() for name in split(header)] if header else []
     rows = []
     for line in lines:
-        row = dict.fromkeys(LEDGER, "") | dict(zip(names, map(str.strip, split(line))))
+        row = dict.fromkeys(LEDGER, "") | dict(zip(names, map(str.strip, split(line)), strict=False))
         row["status"] = row["status"].lower()
         for name in ("val_bpb", "memory_gb"):
             number = row[name].replace(",", ".")
@@ -100,26 +95,6 @@ def match_runs(ledger, journal, since=""):
     return matched, [run for run in rest if run["time"] >= since]
 
 
-def flags(run):
-    """Reasons to look at a run of the journal more closely: a list of sentences. (Older runs have fewer keys.)"""
-    run = defaultdict(int, time_budget=math.inf) | run
-    seconds, budget = run["training_seconds"], run["time_budget"]
-    files = ", ".join(os.path.basename(file) for file in run["files_read"] or ())
-    raised = {
-        "prepare.py was not the one that prepared the benchmark": run["same_prepare"] is False,
-        "uncommitted changes": run["dirty"] is not False,
-        f"seed {run['seed']}, which program.md does not name": run["seed"] not in (prepare.SEED, *SEEDS),
-        f"read scored rows (validation or holdout): {run['scored_rows_read']}": run["scored_rows_read"],
-        f"read {run['untimed_rows']} training rows outside of the timed part": run["untimed_rows"] > 0,
-        f"read files, perhaps from an earlier run: {files}": files,
-        f"trained for {seconds:.1f} s, budget {budget:g} s": seconds > LATE_FLAG * budget,
-        f"scored for {run['scoring_seconds']:.0f} s, was the machine busy?": run["scoring_seconds"] > max(60, budget),
-        f"{run['slow_steps_percent']:.0f}% of the time in slow steps": run["slow_steps_percent"] > SLOW_FLAG,
-        f"used {run['gpus']} GPUs": run["gpus"] > 1,
-    }
-    return [sentence for sentence, flag in raised.items() if flag]
-
-
 def fallbacks(path="run.log"):
     """The lines of a log in which train.py says what did not work or does not train."""
     log = Path(path).read_text(errors="replace") if Path(path).exists() else ""
@@ -135,11 +110,11 @@ def sparkline(values, width=60):
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span) if span else 0] for value in values)
 
 
-def print_status():
+def print_status(benchmark):
     """Where the night stands, from results.tsv in this folder, the journal and git, and what program.md says next."""
     from swarm import hub, wave  # which import this
 
-    benchmark, ledger, path = prepare.load_benchmark(), read_ledger(), Path("results.tsv")
+    ledger, path = read_ledger(), Path("results.tsv")
     created = datetime.fromtimestamp(path.stat().st_mtime if path.exists() else time.time(), timezone.utc)
     journal = read_journal(benchmark.path)
     matched, unlisted = match_runs(ledger, journal, created.isoformat(timespec="seconds"))
@@ -211,4 +186,6 @@ def print_status():
 
 
 if __name__ == "__main__":
-    print_status()
+    import prepare
+
+    print_status(prepare.load_benchmark())

@@ -11,91 +11,104 @@ settled when it is prepared: nothing in train.py or in the environment, but for 
 
 The metric is val_bpb, bits per byte of the validation text, lower is better, whatever the vocabulary.
 
-Sections: Constants, Benchmark, Text, Download, Tokenizer, Packing, Build, Dataloader, Clock, Metric, Journal, Status,
-Command line
+Sections: Constants, Benchmark, Build, Dataloader, Clock, Metric, Command line. The rest is in harness/: where
+text comes from, the tokenizer, packing, the record of what was prepared, the probe that looks for leaks, the journal of
+runs, the machine.
 """
 
 import argparse
+import faulthandler
+import getpass
 import hashlib
 import itertools
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import shutil
 import sys
-import sysconfig
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PROCESS_START = time.monotonic()  # before the imports that take seconds, so that total_seconds counts them
-sys.dont_write_bytecode = False  # containers like to set it, and then torch takes 3 s longer to import in every run
 
-import numpy as np  # noqa: E402
-from filelock import FileLock  # noqa: E402
+import numpy as np
+from filelock import FileLock
 
-from harness.journal import (  # noqa: E402
-    find_origin,
-    first_line,
-    git,
-    lock_device,
-    now,
-    open_rows,
-    read_journal,
-    save_best,
-    sha256,
+from harness import journal
+from harness.documents import parquet_batches
+from harness.downloads import fetch
+from harness.journal import first_line, git, map_rows, now, open_rows, rows_served, sha256
+from harness.machine import (
+    FLASH3,
+    FLASH3_CAPABILITIES,
+    DeviceLock,
+    device_name,
+    fetch_flash3,
+    load_flash3,
+    mend_compiler,
+    peak_memory_mb,
+    refuse_old_gpu,
+    slow_share,
+    synchronize,
+    why_no_gpu,
 )
-from harness.packing import Progress, pack, write_rows  # noqa: E402, F401
-from harness.probe import Lazy, check_causality, predict, read  # noqa: E402
-from harness.sources import fetch, find_text, local_batches, parquet_batches  # noqa: E402
-from harness.tokenizer import Tokenizer, encode_batches  # noqa: E402
+from harness.packing import Progress, pack, write_rows
+from harness.probe import Probe
+from harness.record import benchmark_id, find_record, read_record, write_atomically
+from harness.sources import LocalText
+from harness.tokenizer import Tokenizer, encode_batches
 
+HOME = journal.find_home()
 
-torch, F = Lazy("torch"), Lazy("torch.nn.functional")
+# torch reads these when it is imported. What it compiles is kept for later runs, or in its own folder where the path
+# has a space, which it can't hand to a compiler. And it asks for the user's name, which a container's may not have
+if " " not in str(HOME):
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "compiled"))
+try:
+    getpass.getuser()
+except (KeyError, OSError):
+    os.environ["USER"] = "nobody"
+
+import torch
+import torch.nn.functional as F
+
+# What train.py takes from here; some of it lives in harness/
+__all__ = ["load_benchmark", "TrainingClock", "make_dataloader", "evaluate_bpb", "scoring_rows", "Tokenizer"]
+__all__ += ["HOME", "PROCESS_START", "Progress", "first_line", "device_name", "peak_memory_mb", "why_no_gpu"]
+__all__ += ["synchronize", "mend_compiler", "load_flash3", "FLASH3", "FLASH3_CAPABILITIES"]
 
 # --------------------------------------
 # Constants
 
-HOME = Path(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch").expanduser()
-
-# fmt: off
-SETTINGS =     ("max_seq_len", "vocab_size", "time_budget", "val_rows", "holdout_rows", "long_documents")
-PRESETS = {
-    "climbmix":    (2048,          8192,         300,         10_240,     2_560,          "crop"),
-    "tinystories": (512,           4096,         300,          2_048,       512,          "split"),
-    "local":       (256,           4096,          60,            512,       256,          "split"),
-}
-# fmt: on
-FILES = {"tokenizer.tiktoken", "token_bytes.npy", "train.npy", "val.npy", "holdout.npy"}
-TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
-VALIDATION_SHARD = 6542  # climbmix: the last shard, never trained on
-DEFAULT_SHARDS = 10
-LARGE_GPU = 16 << 30  # bytes of memory; what has no more is mostly too slow to score climbmix
 SEED = 42
 
-
-FLASH3 = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # with `version` it is not found offline
-FLASH3_CAPABILITIES = ((8, 0), (9, 0))  # A100 and H100: on others it calls exit(1)
-
+PRESETS = {
+    # web text for one large GPU: the rows of the reference project, so that scores compare
+    "climbmix": dict(
+        max_seq_len=2048, vocab_size=8192, time_budget=300, val_rows=10_240, holdout_rows=2_560, long_documents="crop"
+    ),
+    # short stories in simple English, for small GPUs and Macs
+    "tinystories": dict(
+        max_seq_len=512, vocab_size=4096, time_budget=300, val_rows=2_048, holdout_rows=512, long_documents="split"
+    ),
+    # text files of your own, or the Python source that is installed: any machine, offline
+    "local": dict(
+        max_seq_len=256, vocab_size=4096, time_budget=60, val_rows=512, holdout_rows=256, long_documents="split"
+    ),
+}
+VALIDATION_SHARD = 6542  # climbmix: the last shard, never trained on
+DEFAULT_SHARDS = 10  # climbmix: of training text
+TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
+LARGE_GPU = 16 << 30  # bytes of memory; what has no more is mostly too slow to score climbmix
 TOO_SMALL = "text too small: add more, or lower --val-rows and --holdout-rows, which leave nothing to train on"
 
-
 LATE_LIMIT = 1.1  # a run that trained for more than this multiple of its budget is not scored
-CLOCK_ERROR = 1.0  # seconds that the system's clock may be ahead of Python's
-SLOW_STEP = 1.5  # a step that took longer than this many median steps was disturbed
+HANG_SECONDS = 300  # a run that is not scored so long after its budget ends itself
 MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
 SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
-
-
-# Where Python, torch and the system keep what they read for themselves (see watch_files)
-LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-LIBRARIES = (*LIBRARIES, "/usr/lib", "/usr/share", "/proc/", "/sys/", "/dev/", "/etc/", str(HOME / "compiled"), "<")
-
 
 # --------------------------------------
 # Benchmark
@@ -115,14 +128,11 @@ class Benchmark:
     long_documents: str  # "crop" or "split"
     path: Path
     seed: int
-    prepared_by: str = field(compare=False)  # sha256 of the prepare.py that built it
-    rows_served: Counter = field(default_factory=Counter, compare=False)  # per split, for the journal
+    prepared_by: str = field(compare=False)  # the hash of the harness that built it
 
     def rows(self, split):
         """The packed rows of "train", "val" or "holdout": uint16 [rows, T + 1], memory-mapped, read-only."""
-        rows = open_rows(self.path, split)
-        self.rows_served[split] += len(rows)
-        return rows
+        return open_rows(self.path, split)
 
     def token_bytes(self):
         """Raw byte length of every token, 0 for special tokens: int32 [V]."""
@@ -137,143 +147,158 @@ def load_benchmark():
     training rows only the size is checked; `uv run prepare.py` with the same arguments checks, and fixes, every byte.
     """
     try:
-        return open_benchmark(HOME / Path((HOME / "current").read_text().strip()).name)
+        name = (HOME / "current").read_text().strip()
+        return open_benchmark(HOME / Path(name).name)
     except FileNotFoundError:
         raise SystemExit('no benchmark prepared: run "uv run prepare.py" first') from None
 
 
 def open_benchmark(path):
-    record, seed = read_record(path), os.environ.get("AUTORESEARCH_SEED", str(SEED))
+    record = read_record(path)
+    seed = os.environ.get("AUTORESEARCH_SEED", str(SEED))
     if not seed.isdecimal():
         raise SystemExit(f"AUTORESEARCH_SEED={seed}: must be a whole number")
-    settings, prepared_by = record["settings"], record["prepare_sha256"]
-    return Benchmark(record["id"], record["dataset"], **settings, path=path, seed=int(seed), prepared_by=prepared_by)
-
-
-def read_record(path, every_byte=False):
-    """benchmark.json of a prepared folder. Raises SystemExit, with the command that fixes it, if a file is damaged."""
-    record, damaged = {}, "benchmark.json"
-    try:
-        record = json.loads((path / "benchmark.json").read_text())
-        intact = benchmark_id(record) == record["id"] == path.name
-        if intact and set(record["settings"]) == set(SETTINGS) and set(record["files"]) == FILES:
-            for damaged, file in record["files"].items():
-                size = (path / damaged).stat().st_size if (path / damaged).is_file() else None
-                hashed = every_byte or damaged != "train.npy"
-                if size != file["bytes"] or hashed and sha256(path / damaged) != file["sha256"]:
-                    break
-                if damaged.endswith(".npy"):
-                    np.load(path / damaged, mmap_mode="r")
-            else:
-                return record
-    except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, other JSON, no array
-        pass
-    command = f"uv run prepare.py {record.get('arguments', '') if isinstance(record, dict) else ''}".strip()
-    raise SystemExit(f'benchmark {path.name}: {damaged} is missing or modified; run "{command}" again, which fixes it')
-
-
-def benchmark_id(record):
-    """Same id, same benchmark: it hashes every constant and the content of every file."""
-    content = json.dumps([record["dataset"], record["settings"], record["files"]], sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    sizes = "T{max_seq_len}-V{vocab_size}-{time_budget:g}s".format(**record["settings"])
-    return f"{record['dataset']}-{sizes}-{digest}"
+    return Benchmark(
+        id=record["id"],
+        name=record["dataset"],
+        path=path,
+        seed=int(seed),
+        prepared_by=record.get("harness_sha256", ""),  # older ones have the hash of prepare.py alone
+        **record["settings"],
+    )
 
 
 # --------------------------------------
-# Text: every source is a stream of batches, and a batch is a list of documents (str) that stay on one side of the split
+# Build: text is read as batches, lists of documents (str) that stay on one side of the split
 
 
-# --------------------------------------
-# Download
+class TooSmall(Exception):
+    """There is not enough text to score, or nothing is left to train on."""
 
 
-def load_flash3():
-    """FlashAttention-3 from the kernels hub. Called here, so that what it reads is not held against train.py."""
-    from kernels import get_kernel
+def build_climbmix(settings, num_shards):
+    """
+    A pinned validation shard: the order is [val, holdout] in one stream of rows from it, and train from the others.
 
-    return get_kernel(**FLASH3)
-
-
-def fetch_flash3():
-    """The attention kernel that train.py, which uses no network, takes on the GPUs that have it."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() in FLASH3_CAPABILITIES:
-        try:
-            load_flash3()
-        except Exception as error:  # no network, no build for this torch or system, moved: all the same
-            print(f"no FlashAttention-3, train.py will take torch's own attention ({first_line(error)})")
-
-
-# --------------------------------------
-# Tokenizer
+    Returns (tokenizer, val rows, holdout rows, training rows), the last one an iterator.
+    """
+    names = [f"shard_{number:05}.parquet" for number in (VALIDATION_SHARD, *range(num_shards))]
+    validation, *training = fetch(HOME / "downloads" / "climbmix", "climbmix", names)
+    tokenizer = Tokenizer.train(read_shards(training), settings["vocab_size"])
+    scored = packed(tokenizer, parquet_batches(validation), settings)
+    val = list(itertools.islice(scored, settings["val_rows"]))
+    holdout = list(itertools.islice(scored, settings["holdout_rows"]))
+    train = packed(tokenizer, read_shards(training), settings)
+    return tokenizer, val, holdout, train
 
 
-# --------------------------------------
-# Packing
+def read_shards(files):
+    return itertools.chain.from_iterable(map(parquet_batches, files))
 
 
-# --------------------------------------
-# Build
+def build_split(settings, read):
+    """
+    Text that is split by size: the order is [val, holdout, train], so that nothing that is scored moves when the text
+    grows at its end. `read()` begins to read it anew. Returns what build_climbmix does.
+    """
+    row_length = settings["max_seq_len"] + 1
 
+    def text(start, end=None):
+        return itertools.islice(read(), start, end)
 
-def build(dataset, settings, groups, num_shards):
-    """Write a benchmark's files into the folder .building under HOME. Returns it, and what was counted."""
-    folder = HOME / ".building"
-    shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed: we hold the lock, so nobody is using it
-    folder.mkdir()
-    row_length, split = settings["max_seq_len"] + 1, settings["long_documents"] == "split"
-    wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"]}
-    counts = Counter()
-    if dataset == "local":
-        read = lambda: local_batches(groups, counts)  # noqa: E731
-    else:
-        shards = [f"shard_{i:05}.parquet" for i in (VALIDATION_SHARD, *range(num_shards))]
-        files = fetch(HOME / "downloads" / dataset, dataset, shards if dataset == "climbmix" else [TINYSTORIES_FILE])
-        read = lambda: itertools.chain.from_iterable(map(parquet_batches, files))  # noqa: E731
-    first = sum(1 for _ in parquet_batches(files[0])) if dataset == "climbmix" else 0  # batches of the validation shard
-    characters_per_token = 5  # a first guess, doubled until it is enough
-    while True:  # scored text comes first: that shard, or groups of their own for validation and then for the holdout
-        reserved, parts = first, []
-        for count in () if first else wanted.values():
-            needed = count * row_length * characters_per_token
-            parts.append((reserved, reserved + count_batches(itertools.islice(read(), reserved, None), needed)))
-            reserved = parts[-1][1]
-        tokenizer = Tokenizer.train(itertools.islice(read(), reserved, None), settings["vocab_size"])
-        texts = (encode_batches(tokenizer, itertools.islice(read(), *part)) for part in parts or [(0, first)])
-        streams = [pack(text, row_length, tokenizer.bos_id, split) for text in texts]
-        streams = streams if parts else 2 * streams  # on climbmix the holdout goes on where validation ends
-        rows = {name: list(itertools.islice(rest, wanted[name])) for name, rest in zip(wanted, streams)}
-        if first or all(len(rows[name]) == count for name, count in wanted.items()):
-            break
+    # How many batches fill the scored rows depends on the tokenizer, which is trained on what follows them: begin with
+    # a guess, and double it until it is enough
+    characters_per_token = 5
+    while True:
+        characters = row_length * characters_per_token
+        val_end = count_batches(text(0), settings["val_rows"] * characters)
+        holdout_end = val_end + count_batches(text(val_end), settings["holdout_rows"] * characters)
+        tokenizer = Tokenizer.train(text(holdout_end), settings["vocab_size"])
+        val = list(itertools.islice(packed(tokenizer, text(0, val_end), settings), settings["val_rows"]))
+        holdout = packed(tokenizer, text(val_end, holdout_end), settings)
+        holdout = list(itertools.islice(holdout, settings["holdout_rows"]))
+        if len(val) == settings["val_rows"] and len(holdout) == settings["holdout_rows"]:
+            return tokenizer, val, holdout, packed(tokenizer, text(holdout_end), settings)
         characters_per_token *= 2
-    training = encode_batches(tokenizer, itertools.islice(read(), reserved, None))
-    rows["train"] = pack(training, row_length, tokenizer.bos_id, split)
-    tokenizer.save(folder)
-    token_bytes = tokenizer.token_bytes()
-    np.save(folder / "token_bytes.npy", token_bytes)
-    written = {name: write_rows(folder / f"{name}.npy", rows[name], row_length) for name in rows}
-    if any(written[name] < count for name, count in (*wanted.items(), ("train", 1))):
-        raise SystemExit(TOO_SMALL)
-    bytes_per_token = round(float(token_bytes[np.concatenate(rows["val"])].mean()), 3)
-    return folder, {"train_rows": written["train"], "bytes_per_token": bytes_per_token, **counts}
 
 
 def count_batches(batches, characters):
-    """How many batches have that many characters. Raises SystemExit if nothing comes after them."""
+    """How many batches have that many characters. Raises TooSmall if nothing comes after them."""
     for count, batch in enumerate(batches):
         if characters <= 0:
             return count
         characters -= sum(map(len, batch))
-    raise SystemExit(TOO_SMALL)
+    raise TooSmall
 
 
-def install(folder, dataset, settings, counts, arguments):
+def packed(tokenizer, batches, settings):
+    """The rows of a text: an iterator of uint16 [T + 1]."""
+    split = settings["long_documents"] == "split"
+    return pack(encode_batches(tokenizer, batches), settings["max_seq_len"] + 1, tokenizer.bos_id, split)
+
+
+def write_benchmark(folder, settings, tokenizer, val, holdout, train):
+    """Write the files of a benchmark; returns what was counted. Raises TooSmall if a split has too few rows."""
+    row_length = settings["max_seq_len"] + 1
+    tokenizer.save(folder)
+    token_bytes = tokenizer.token_bytes()
+    np.save(folder / "token_bytes.npy", token_bytes)
+
+    # No scored row is a training row: a long licence, say, can fill the same row in two files
+    scored = {row.tobytes() for row in (*val, *holdout)}
+    unscored = (row for row in train if row.tobytes() not in scored)
+
+    written = {
+        "val": write_rows(folder / "val.npy", val, row_length),
+        "holdout": write_rows(folder / "holdout.npy", holdout, row_length),
+        "train": write_rows(folder / "train.npy", unscored, row_length),
+    }
+    wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"], "train": 1}
+    if any(written[split] < wanted[split] for split in wanted):
+        raise TooSmall
+    # how long is a token of scored text? Bits per byte and loss differ by that factor
+    bytes_per_token = float(token_bytes[np.concatenate(val)].mean())
+    return {"train_rows": written["train"], "bytes_per_token": round(bytes_per_token, 3)}
+
+
+def build(request, source):
+    """Write a benchmark into the folder .building under HOME, and move it to its place. Returns its record."""
+    settings = request["settings"]
+    folder = HOME / ".building"
+    shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed: we hold the lock, so nobody is using it
+    folder.mkdir()
+    if request["dataset"] == "climbmix":
+        parts = build_climbmix(settings, request["num_shards"])
+    elif request["dataset"] == "tinystories":
+        files = fetch(HOME / "downloads" / "tinystories", "tinystories", [TINYSTORIES_FILE])
+        parts = build_split(settings, lambda: read_shards(files))
+    else:
+        parts = build_split(settings, source.batches)
+    counts = write_benchmark(folder, settings, *parts)
+    if source:
+        source.refuse_changes()  # it was read several times, and has to have been the same each time
+        counts |= source.counts
+    return install(folder, request, counts)
+
+
+def install(folder, request, counts):
     """Move a finished build to its place. benchmark.json comes last. Returns the record in it."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    record = {"dataset": dataset, "settings": settings, "files": files, "counts": counts, "arguments": arguments}
-    record |= {"id": benchmark_id(record), "prepared": now(), "prepare_sha256": sha256(__file__)}
+    record = {
+        "dataset": request["dataset"],
+        "settings": request["settings"],
+        "files": files,
+        "counts": counts,
+        "arguments": request["arguments"],
+        "request": hash_request(request),
+        "prepared": now(),
+        "harness_sha256": journal.harness_sha256(),
+    }
+    record["id"] = benchmark_id(record)
+
+    # The folder may hold the same benchmark, with its journal, built by an older harness
     target = HOME / record["id"]
-    target.mkdir(exist_ok=True)  # may hold the same benchmark, with its journal, built by an older prepare.py
+    target.mkdir(exist_ok=True)
     for name in files:
         os.replace(folder / name, target / name)
     write_atomically(target / "benchmark.json", json.dumps(record, indent=1))
@@ -281,10 +306,10 @@ def install(folder, dataset, settings, counts, arguments):
     return record
 
 
-def write_atomically(path, content):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content)
-    os.replace(temporary, path)
+def hash_request(request):
+    """What a build depends on: the constants, the files of text with their times of change, and this code."""
+    parts = [request["dataset"], request["settings"], request["num_shards"], request["files"], journal.harness_sha256()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # --------------------------------------
@@ -293,40 +318,50 @@ def write_atomically(path, content):
 
 def make_dataloader(benchmark, split, batch_size, device):
     """
-    Endless batches of "train" or "val": (inputs, targets, epoch), int64 [B, T] on `device`, targets one token ahead.
+    Endless batches of "train": (inputs, targets, epoch), int64 [B, T] on `device`, targets one token ahead.
 
     Rows come in an order shuffled per epoch by the benchmark's seed; epochs count from 1. The next batch is read in a
     thread meanwhile. On CUDA it waits in pinned memory of its own, which torch does not hand out again before the copy
     from it is done. Raises ValueError for another split or a batch size below 1.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f'no dataloader for "{split}": take "train" or "val"')
+    if split != "train":
+        raise ValueError(f'no dataloader for "{split}": a run learns from "train" alone')
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: must be at least 1")
-    rows = open_rows(benchmark.path, split)
+    return batches_of(map_rows(benchmark.path, split), benchmark.seed, batch_size, torch.device(device))
 
-    def shuffled():
-        for epoch in itertools.count(1):
-            for index in np.random.default_rng((benchmark.seed, epoch)).permutation(len(rows)):
-                yield index, epoch
+
+def batches_of(rows, seed, batch_size, device):
+    order = shuffled(len(rows), seed)
 
     def read_batch():
-        indices, epochs = zip(*itertools.islice(order, batch_size))
-        batch = read(rows, np.array(indices))
-        return batch.pin_memory() if torch.device(device).type == "cuda" else batch, epochs[0]
+        chosen = list(itertools.islice(order, batch_size))
+        indices, epochs = zip(*chosen, strict=True)
+        ids = read(rows, np.array(indices))
+        if device.type == "cuda":
+            ids = ids.pin_memory()
+        return ids, epochs[0]
 
-    def batches():
-        with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read_batch)
+        while True:
+            ids, epoch = ahead.result()
             ahead = pool.submit(read_batch)
-            while True:
-                ids, epoch = ahead.result()
-                ahead = pool.submit(read_batch)
-                ids = ids.to(device, non_blocking=True)
-                benchmark.rows_served[split] += batch_size
-                yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), epoch
+            ids = ids.to(device, non_blocking=True)
+            rows_served["train"] += batch_size
+            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), epoch
 
-    order = shuffled()
-    return batches()
+
+def shuffled(count, seed):
+    """Endless pairs (index of a row, epoch)."""
+    for epoch in itertools.count(1):
+        for index in np.random.default_rng((seed, epoch)).permutation(count):
+            yield index, epoch
+
+
+def read(rows, index):
+    """A copy of the rows at `index`, an array: int64 [B, T + 1]."""
+    return torch.from_numpy(rows[index].astype(np.int64))
 
 
 # --------------------------------------
@@ -344,19 +379,24 @@ class TrainingClock:
     def __init__(self, benchmark, device):
         self.benchmark = benchmark
         self.device = torch.device(device)
-        self.started = self.stopped = None
-        self.scored = False
-        self.ticks = []
-        self.lock = lock_device(HOME / "locks", self.device)
-        self.origin = find_origin()
+        self.started = None
+        self.stopped = None
+        self.training_seconds = 0.0  # until the score begins
+        self.ticks = []  # (elapsed seconds, training rows so far) at the end of each step
+        journal.refuse_unwritable(benchmark.path)
+        self.lock = DeviceLock(self.device)
+        self.origin = journal.find_origin()
 
     def start(self):
         """The run begins. Raises RuntimeError the second time."""
         if self.started is not None:
             raise RuntimeError("the clock was started before: one clock, one run")
         synchronize(self.device)
-        self.rows_before = self.benchmark.rows_served["train"]
-        self.system_started = os.times().elapsed
+
+        # A run that hangs ends itself, with the traceback of where it hung and exit code 1
+        limit = self.benchmark.time_budget + HANG_SECONDS
+        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+        self.rows_before = rows_served["train"]
         self.started = time.monotonic()
 
     def stop(self):
@@ -365,79 +405,53 @@ class TrainingClock:
         if self.started is None or self.stopped is not None:
             raise RuntimeError("the clock is not running")
         self.stopped = time.monotonic()
-        self.rows = self.benchmark.rows_served["train"] - self.rows_before
+        self.rows = rows_served["train"] - self.rows_before
 
     def tick(self):
         """Mark the end of a step; used only for `slow_steps_percent` and the count of steps in the journal."""
-        self.ticks.append(self.elapsed)
+        self.ticks.append((self.elapsed, rows_served["train"]))
 
     @property
     def slow_steps_percent(self):
-        """
-        The share of the time in steps of over SLOW_STEP medians; 0 for fewer than three. The first does not count: it
-        may hold what a run prepares, such as tables.
-        """
-        steps = np.diff(self.ticks)
-        return 100 * float(steps[steps > SLOW_STEP * np.median(steps)].sum() / steps.sum()) if len(steps) > 1 else 0.0
+        """The share of the time in steps that something else has slowed down. See slow_share."""
+        if len(self.ticks) < 3:
+            return 0.0
+        seconds, rows = np.diff(np.array(self.ticks), axis=0).T
+        return 100 * slow_share(seconds, rows)
 
     @property
     def elapsed(self):
         """Seconds since start()."""
-        return 0.0 if self.started is None else (self.stopped or time.monotonic()) - self.started
+        if self.started is None:
+            return 0.0
+        return (self.stopped or time.monotonic()) - self.started
 
     @property
     def progress(self):
         """Share of the budget that is used up, in [0, 1]."""
         return min(1.0, self.elapsed / self.benchmark.time_budget)
 
-    def expired(self):
-        return self.elapsed >= self.benchmark.time_budget
-
     def check(self):
-        """Raise RuntimeError unless the run was timed from start to stop, kept to its budget and is scored at once."""
-        if self.started is None or self.stopped is None:
-            state = "never started" if self.started is None else "still running"
-            raise RuntimeError(f"not scored: the training clock is {state}; start() and stop() it around the training")
-        if self.scored:
-            raise RuntimeError("not scored: this run was scored before; one run, one score")
-        self.scored = True
-        seconds = time.monotonic() - self.started  # what was done between stop() and here counts too
-        system_seconds = os.times().elapsed - self.system_started  # always 0 on Windows
-        if system_seconds > seconds + CLOCK_ERROR:
-            raise RuntimeError(f"not scored: the clock shows {seconds:.1f} s, but {system_seconds:.1f} s have passed")
-        if seconds > LATE_LIMIT * self.benchmark.time_budget:
+        """The score begins. Raise RuntimeError unless the run was timed, kept to its budget and was not scored yet."""
+        if self.started is None:
+            raise RuntimeError("not scored: the training clock is never started; start() and stop() it around training")
+        if self.stopped is None:
+            raise RuntimeError("not scored: the training clock is still running; stop() it first")
+        if not self.lock.held:
+            raise RuntimeError("not scored: this run was scored before, or in another process; one run, one score")
+        self.training_seconds = time.monotonic() - self.started  # what was done between stop() and here counts too
+        if self.training_seconds > LATE_LIMIT * self.benchmark.time_budget:
             raise RuntimeError(
-                f"not scored: trained for {seconds:.1f} s of a budget of {self.benchmark.time_budget:g} s; "
-                "make the steps shorter, and score right after stop()"
+                f"not scored: trained for {self.training_seconds:.1f} s of a budget of {self.benchmark.time_budget:g} "
+                "s; make the steps shorter, and score right after stop()"
             )
 
-
-def synchronize(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-files_read, imported = set(), time.time()
-
-
-def watch_files(event, arguments):
-    """An audit hook: which files does a run bring along, such as the weights or statistics of an earlier one?"""
-    if event != "open" or not isinstance(arguments[0], (str, bytes)) or arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        return
-    path = os.path.abspath(os.fsdecode(arguments[0]))
-    if path.startswith(LIBRARIES) or path.endswith((".py", ".pyc")) or not os.path.exists(path):
-        return
-    frame = sys._getframe(1)
-    while frame and frame.f_code.co_filename.startswith(LIBRARIES):
-        frame = frame.f_back
-    own = (__file__, str(Path(__file__).with_name("harness")))
-    if (
-        frame and not frame.f_code.co_filename.startswith(own) and os.path.getmtime(path) < imported
-    ):  # else it is its own
-        files_read.add(path)
-
-
-sys.addaudithook(watch_files)
+    def release(self):
+        """The run is scored, or it failed: the device is free, and what is read from now on belongs to another run."""
+        if self.lock.held:
+            faulthandler.cancel_dump_traceback_later()
+            rows_served.clear()
+            self.lock.release()
 
 
 # --------------------------------------
@@ -451,46 +465,50 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
 
     `model(inputs)`, an nn.Module, takes int64 [B, T] and returns logits [B, T, vocab_size]; it never sees the targets.
     `batch_size` is only a matter of speed. Raises RuntimeError if the run was not timed or too long, if the model sees
-    the future or other rows, is random, or changes while it is scored; ValueError if it is no module or its logits have
-    another shape or are not finite; SystemExit if the benchmark is damaged or the journal can't be written. Frees the
-    device in any case.
+    the future or other rows, is random, or remembers what it was scored on; ValueError if it is no module or its logits
+    have another shape or are not finite; SystemExit if the benchmark is damaged or the journal can't be written. Frees
+    the device in any case.
     """
     try:
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"not scored: the model must be a torch.nn.Module, not a {type(model).__name__}")
         was_training = model.training
-        model.eval()  # may be the run's own code, and so may parameters(): before the clock is read
-        weights = checksums(model)
+        model.eval()  # may be the run's own code: before the clock is read
         clock.check()
-        scoring_started = time.monotonic()
         if not open_benchmark(benchmark.path) == benchmark == clock.benchmark:
             raise RuntimeError("not scored: the benchmark differs from the one on disk; use load_benchmark()")
-        device, served = clock.device, Counter(benchmark.rows_served)
-        val_rows, holdout_rows = (open_rows(benchmark.path, split) for split in ("val", "holdout"))
-        token_bytes, batch_size = benchmark.token_bytes(), scoring_rows(benchmark, batch_size)
-        check_causality(model, holdout_rows, batch_size, benchmark.vocab_size, device)
-        bits = bits_of_rows(model, val_rows, token_bytes, batch_size, device)
-        holdout_bits = bits_of_rows(model, holdout_rows, token_bytes, batch_size, device)
-        again = bits_of_rows(model, val_rows[:batch_size], token_bytes, batch_size, device)
-        if not np.allclose(again, bits[: len(again)], rtol=SAME_SCORE):
-            raise RuntimeError("not scored: the model scores the same rows differently once it has seen others")
-        if not np.array_equal(checksums(model), weights, equal_nan=True):
-            raise RuntimeError("not scored: parameters or buffers have changed during the scoring")
-        val_bpb = float(bits.sum() / token_bytes[val_rows[:, 1:]].sum())
+        scores = score(model, benchmark, batch_size, clock.device)
         model.train(was_training)
-        record_run(
-            model,
-            clock,
-            benchmark,
-            val_bpb=val_bpb,
-            holdout_bpb=float(holdout_bits.sum() / token_bytes[holdout_rows[:, 1:]].sum()),
-            scoring_seconds=round(time.monotonic() - scoring_started, 3),
-            untimed_rows=served["train"] - clock.rows,
-            scored_rows_read=served["val"] + served["holdout"],
-        )
-        return val_bpb
+        run = describe_run(benchmark, clock, scores)
+        journal.record_run(benchmark.path, run, model)
+        return scores["val_bpb"]
     finally:
-        clock.lock.release()
+        clock.release()
+
+
+def score(model, benchmark, batch_size, device):
+    """Probe the model, then score validation and holdout: a dict with both and the seconds that it took."""
+    started = time.monotonic()
+    batch_size = scoring_rows(benchmark, batch_size)
+    val_rows, holdout_rows = map_rows(benchmark.path, "val"), map_rows(benchmark.path, "holdout")
+    token_bytes = benchmark.token_bytes()
+
+    def predict_ids(ids):
+        return predict(model, ids.to(device), benchmark.vocab_size)
+
+    Probe(predict_ids, holdout_rows, batch_size, benchmark.vocab_size).run()
+    bits = bits_of_rows(model, val_rows, token_bytes, batch_size, device)
+    holdout_bits = bits_of_rows(model, holdout_rows, token_bytes, batch_size, device)
+
+    # The first rows again: a model that learns from what it is scored on knows them by now
+    again = bits_of_rows(model, val_rows[:batch_size], token_bytes, batch_size, device)
+    if not np.allclose(again, bits[: len(again)], rtol=SAME_SCORE):
+        raise RuntimeError("not scored: the model scores the same rows differently once it has seen others")
+    return {
+        "val_bpb": float(bits.sum() / token_bytes[val_rows[:, 1:]].sum()),
+        "holdout_bpb": float(holdout_bits.sum() / token_bytes[holdout_rows[:, 1:]].sum()),
+        "scoring_seconds": round(time.monotonic() - started, 3),
+    }
 
 
 def scoring_rows(benchmark, batch_size):
@@ -508,8 +526,8 @@ def bits_of_rows(model, rows, token_bytes, batch_size, device):
     nats = torch.zeros(len(rows), device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for start in range(0, len(rows), batch_size):
-        index = np.arange(start, start + batch_size) % len(rows)  # wraps at the end: one shape, so one compiled graph
-        ids = read(rows, index).to(device)
+        # wraps around at the end: one shape, so one compiled graph
+        ids = read(rows, np.arange(start, start + batch_size) % len(rows)).to(device)
         logits = predict(model, ids[:, :-1], len(token_bytes))
         finite &= torch.isfinite(logits.amin()) & torch.isfinite(logits.amax())
         targets = ids[:, 1:]
@@ -521,85 +539,42 @@ def bits_of_rows(model, rows, token_bytes, batch_size, device):
     return nats.cpu().double().numpy() / math.log(2)
 
 
-def checksums(model):
-    """Sum and norm of all parameters and buffers, an array [tensors, 2]: changes when any of them does."""
-    tensors = (tensor.detach().float() for tensor in (*model.parameters(), *model.buffers()))  # one at a time
-    return np.array([[float(tensor.sum()), float(torch.linalg.vector_norm(tensor))] for tensor in tensors])
+def predict(model, inputs, vocab_size):
+    """
+    The model's logits, float32 [B, T, V]. It gets a copy of the inputs: their storage holds the targets too.
+
+    Not under no_grad: a compiled model would need other graphs than in training, which takes longer than it saves.
+    """
+    logits = model(inputs.clone())
+    shape = (*inputs.shape, vocab_size)
+    found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+    if found != shape:
+        raise ValueError(f"not scored: model(inputs) must return logits of shape {shape}, not {found}")
+    return logits.detach().float()
 
 
-# --------------------------------------
-# Journal
-
-
-def record_run(model, clock, benchmark, **scores):
-    """Append the run to journal.jsonl; keep its weights and commit in best.pt when no run before scored better."""
-    cuda = range(torch.cuda.device_count() if clock.device.type == "cuda" else 0)
-    run = {
+def describe_run(benchmark, clock, scores):
+    """A line of the journal: a dict."""
+    gpus = torch.cuda.device_count() if clock.device.type == "cuda" else 0
+    return {
         "time": now(),
         "benchmark": benchmark.id,
         "time_budget": benchmark.time_budget,
         **clock.origin,
-        "same_prepare": clock.origin["prepare_sha256"] == benchmark.prepared_by,
+        "same_harness": clock.origin["harness_sha256"] == benchmark.prepared_by,
         "seed": benchmark.seed,
         **scores,
-        "training_seconds": round(clock.elapsed, 3),
+        "training_seconds": round(clock.training_seconds, 3),
         "total_seconds": round(time.monotonic() - PROCESS_START, 3),
         "slow_steps_percent": round(clock.slow_steps_percent, 1),
         "steps": len(clock.ticks),
         "tokens": clock.rows * benchmark.max_seq_len,
-        "files_read": sorted(files_read)[:20],
+        "untimed_rows": rows_served["train"] - clock.rows,
+        "scored_rows_read": rows_served["val"] + rows_served["holdout"],
         "peak_memory_mb": round(peak_memory_mb(clock.device), 1),
         "device": device_name(clock.device),
-        "gpus": sum(torch.cuda.max_memory_allocated(index) > 0 for index in cuda),
+        "gpus": sum(torch.cuda.max_memory_allocated(index) > 0 for index in range(gpus)),
     }
-    path, best_path = benchmark.path / "journal.jsonl", benchmark.path / "best.pt"
-    try:
-        with FileLock(path.with_suffix(".lock")):  # runs on other devices may finish at the same moment
-            best = min((r["val_bpb"] for r in read_journal(benchmark.path) if r["same_prepare"]), default=math.inf)
-            torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a full disk
-            with open(path, "a") as journal:
-                journal.write("\n" * torn + json.dumps(run) + "\n")
-            if run["val_bpb"] < best and run["same_prepare"]:
-                origin = {"commit": run["commit"], "val_bpb": run["val_bpb"], "device": clock.device.type}
-                save_best(best_path, model, origin)
-    except OSError as error:
-        why = f"scored, val_bpb {run['val_bpb']:.6f}, but not recorded: {error}; fix it and run again"
-        raise SystemExit(why) from None
-
-
-def device_name(device):
-    """The GPU's name, or what kind of processor this is and how many cores of it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} x{os.cpu_count()}"
-
-
-def why_no_gpu():
-    """Why torch does not see the NVIDIA GPU of this machine; None if it seems to have none."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    why = "has no CUDA (pip's default on Windows); pytorch.org names a wheel that has"
-    if torch.version.cuda:
-        why = f"finds no GPU: hidden (sandbox, CUDA_VISIBLE_DEVICES) or with a driver before CUDA {torch.version.cuda}"
-    return f"torch {torch.__version__} {why}"
-
-
-def peak_memory_mb(device):
-    """Most device memory that was allocated at once; on a CPU the most resident memory of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-# --------------------------------------
-# Status: what results.tsv and the journal say. The rules are those of program.md, and analysis.ipynb uses them, too
 
 
 # --------------------------------------
@@ -611,86 +586,125 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-# option: the constant that it sets, its type, least and most, what it is
-NUMBERS = {
-    "--num-shards": ("num_shards", int, 1, VALIDATION_SHARD, "climbmix: training shards, 10 by default"),
-    "--seq-len": ("max_seq_len", int, 2, 2**20, "tokens in a row"),
-    "--vocab-size": ("vocab_size", int, 260, 2**16, "4 special tokens included"),
-    "--time-budget": ("time_budget", float, 0.1, 10**6, "seconds of training"),
-    "--val-rows": ("val_rows", int, 1, 10**9, "rows that are scored"),
-    "--holdout-rows": ("holdout_rows", int, 1, 10**9, "rows that are scored, but not shown"),
-}
+def number(kind, least, most):
+    """A type for argparse: a number of this kind in this range."""
+
+    def parse(text):
+        value = kind(text)  # argparse reports a ValueError
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be between {least:,} and {most:,}")
+        return value
+
+    parse.__name__ = kind.__name__  # which argparse names when the text is no number
+    return parse
 
 
 def parse_arguments(arguments=None):
-    parser = OneLineParser(description="Build the benchmark that train.py is scored on, or show where a night stands.")
+    parser = OneLineParser(
+        description="Build the benchmark that train.py is scored on, or show where a night stands.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     add = parser.add_argument
     add("--status", action="store_true", help="what was tried, what it was worth, what comes next; builds nothing")
     add("--dataset", choices=PRESETS, help="default: climbmix with CUDA and over 16 GiB, tinystories with CUDA, local")
-    add("--text", nargs="+", metavar="PATH", default=[], help="local: files or folders; default: installed Python")
-    add("--long-documents", choices=("crop", "split"), help="what becomes of documents longer than a row")
-    for option, (name, kind, *_, words) in NUMBERS.items():
-        add(option, dest=name, type=kind, metavar="N", help=words)
-    options = parser.parse_args(arguments)
-    for option, (name, _, least, most, _) in NUMBERS.items():
-        if getattr(options, name) is not None and not least <= getattr(options, name) <= most:
-            parser.error(f"{option} {getattr(options, name)}: must be between {least:,} and {most:,}")
-    options.dataset = options.dataset or ("local" if options.text else "climbmix" if options.num_shards else None)
-    if options.text and options.dataset != "local" or options.num_shards and options.dataset != "climbmix":
-        parser.error(f"--dataset {options.dataset}: --text goes with local and --num-shards with climbmix")
+    add("--text", nargs="+", metavar="PATH", help="local: files or folders; default: installed Python")
+    add(
+        "--num-shards", metavar="N", type=number(int, 1, VALIDATION_SHARD), help="climbmix: training shards, default 10"
+    )
+    add("--seq-len", metavar="N", type=number(int, 2, 2**20), dest="max_seq_len", help="tokens in a row")
+    add("--vocab-size", metavar="N", type=number(int, 260, 2**16), help="4 special tokens included")
+    add("--time-budget", metavar="N", type=number(float, 0.1, 10**6), help="seconds of training")
+    add("--val-rows", metavar="N", type=number(int, 1, 10**9), help="rows that are scored")
+    add("--holdout-rows", metavar="N", type=number(int, 1, 10**9), help="rows that are scored, but not shown")
+    options = vars(parser.parse_args(arguments))
+
+    # --text and --num-shards name their dataset, and go with no other
+    if "dataset" not in options:
+        if "text" in options:
+            options["dataset"] = "local"
+        elif "num_shards" in options:
+            options["dataset"] = "climbmix"
+    dataset = options.get("dataset")
+    if ("text" in options and dataset != "local") or ("num_shards" in options and dataset != "climbmix"):
+        parser.error(f"--dataset {dataset}: --text goes with local and --num-shards with climbmix")
     return options
+
+
+def choose_dataset():
+    """The benchmark that suits this machine; says which one it is, and why."""
+    if not torch.cuda.is_available():
+        dataset, reason = "local", why_no_gpu() or "no CUDA here"
+    else:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        dataset = "climbmix" if memory > LARGE_GPU else "tinystories"
+        reason = f"the GPU has {memory / 2**30:.0f} GiB"
+    print(f"benchmark: {dataset}, because {reason}; choose with --dataset {' | '.join(PRESETS)}")
+    return dataset
+
+
+def print_summary(record, source):
+    counts, settings = record["counts"], record["settings"]
+    T = settings["max_seq_len"]
+    text = ""
+    if "documents" in counts:
+        text = f" of {counts['documents']:,} documents"
+    if counts.get("duplicates"):
+        text += f", {counts['duplicates']:,} duplicates"
+    print(f"\nbenchmark: {record['id']}, in {HOME}")
+    print(f"training:  {settings['time_budget']:g} s on {counts['train_rows'] * T:,} tokens{text}")
+    print(f"scored:    {settings['val_rows'] * T:,} tokens of {counts['bytes_per_token']:.2f} bytes")
+    print(f"holdout:   {settings['holdout_rows'] * T:,} tokens")
+    for line in source.skipped.lines() if source else []:
+        print(line)
+    print("\nnext: uv run train.py")
+
+
+def prepare(request, source):
+    """Find the benchmark, or build it, and make it the current one. Returns its record."""
+    HOME.mkdir(parents=True, exist_ok=True)
+    with FileLock(HOME / "prepare.lock"):
+        record = find_record(HOME, hash_request(request))
+        if record is None:
+            started = time.monotonic()
+            record = build(request, source)
+            print(f"prepared in {time.monotonic() - started:.1f} s")
+        write_atomically(HOME / "current", record["id"])
+    return record
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    if options.status:
-        import ledger  # which imports this
+    if "status" in options:
+        import ledger
 
-        return ledger.print_status()
+        return ledger.print_status(load_benchmark())
     branch = git("branch", "--show-current") or ""
     if branch.startswith("autoresearch/"):
         raise SystemExit(f"branch {branch} is a night under way, whose benchmark is fixed: leave the branch first")
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    oldest = min((int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list() if "sm_" in name), default=0)
-    if gpu and 10 * gpu.major + gpu.minor < oldest:
-        way_out = "take a wheel that has (see pytorch.org), or the CPU (CUDA_VISIBLE_DEVICES= before every command)"
-        raise SystemExit(f"torch {torch.__version__} has no code for a {gpu.name}: {way_out}")
-    if not options.dataset:
-        memory = gpu.total_memory if gpu else 0
-        options.dataset = "climbmix" if memory > LARGE_GPU else "tinystories" if memory else "local"
-        why = f"the GPU has {memory / 2**30:.0f} GiB" if memory else why_no_gpu() or "no CUDA here"
-        print(f"benchmark: {options.dataset}, because {why}; choose with --dataset {' | '.join(PRESETS)}")
-    settings = dict(zip(SETTINGS, PRESETS[options.dataset]))
-    settings |= {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
-    groups = find_text(options.text) if options.dataset == "local" else {}
-    files = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in sum(groups.values(), [])]
-    num_shards = options.num_shards or DEFAULT_SHARDS
-    request = repr((options.dataset, settings, num_shards, files, sha256(__file__)))  # times of change included
-    request = HOME / "requests" / hashlib.sha256(request.encode()).hexdigest()
-    arguments = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    if torch.cuda.is_available():
+        refuse_old_gpu()
 
+    dataset = options.get("dataset") or choose_dataset()
+    settings = dict(PRESETS[dataset])
+    settings.update((name, value) for name, value in options.items() if name in settings)
+    source = LocalText(options.get("text", [])) if dataset == "local" else None
+    request = {
+        "dataset": dataset,
+        "settings": settings,
+        "num_shards": options.get("num_shards", DEFAULT_SHARDS),
+        "files": source.signature() if source else [],
+        "arguments": shlex.join(sys.argv[1:] if arguments is None else arguments),
+    }
     try:
-        request.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(HOME / "prepare.lock"):
-            try:
-                record = read_record(HOME / request.read_text(), every_byte=True)
-            except (OSError, SystemExit):  # not prepared yet, or damaged
-                started = time.monotonic()
-                folder, counts = build(options.dataset, settings, groups, num_shards)
-                record = install(folder, options.dataset, settings, counts, arguments)
-                write_atomically(request, record["id"])
-                print(f"prepared in {time.monotonic() - started:.1f} s")
-            write_atomically(HOME / "current", record["id"])
+        record = prepare(request, source)
+    except TooSmall:
+        skipped = source.skipped.lines() if source else []
+        raise SystemExit("; ".join([TOO_SMALL, *skipped])) from None
     except OSError as error:
-        raise SystemExit(f"prepare.py: {error}; fix it and run this again") from None
+        raise SystemExit(f"prepare.py: {journal.explain(error)}") from None
     fetch_flash3()
-    counts, T = record["counts"], settings["max_seq_len"]
-    kinds = [name for name in ("documents", "duplicates", "skipped files") if counts.get(name)]
-    seen = " of " * bool(kinds) + ", ".join(f"{counts[name]:,} {name}" for name in kinds)
-    print(f"\nbenchmark: {record['id']}, in {HOME}")
-    print(f"training:  {settings['time_budget']:g} s on {counts['train_rows'] * T:,} tokens{seen}")
-    print(f"scored:    {settings['val_rows'] * T:,} tokens of {counts['bytes_per_token']:.2f} bytes")
-    print(f"holdout:   {settings['holdout_rows'] * T:,} tokens\n\nnext: uv run train.py")
+    print_summary(record, source)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class GPT(nn.Module):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
         x = self.embed(inputs, self.ngrams(hash_ngrams(inputs)))
         x0 = x.view_as(x)  # not x itself: the first block would be one more to compile
-        for block, r, z in zip(self.blocks, self.resid_lambdas, self.x0_lambdas):
+        for block, r, z in zip(self.blocks, self.resid_lambdas, self.x0_lambdas, strict=True):
             x = block(x, x0, r, z, inputs, self.rotary)
         return self.logits(x, inputs) if targets is None else self.loss(x, inputs, targets)
 
@@ -330,7 +330,7 @@ def probe_attention(back_end, device, dtype):
         for function, cast in ((back_end, dtype), (banded, torch.float32)):
             y = function(q.to(cast), k.to(cast), v.to(cast), window)
             results.append([y, *torch.autograd.grad(y, (q, k, v), dy.to(cast))])
-        for ours, reference in zip(*results):
+        for ours, reference in zip(*results, strict=True):
             error = (ours.float() - reference.float()).norm() / reference.float().norm()
             assert error < 0.02, f"differs from the reference by {error:.1%} at window {window}"
 
@@ -372,7 +372,7 @@ def muon_update(weights, grads, momenta, second_moments, lr, momentum, beta2, de
     kept = squares.sum(dim=-1, keepdim=True) / (squares * factor.square()).sum(dim=-1, keepdim=True).clamp_min(1e-10)
     update = update * factor * kept.sqrt()  # as long as before
     new = old - lr * (update + decay * old.where(update * old > 0, 0))
-    for weight, matrix in zip(weights, new):
+    for weight, matrix in zip(weights, new, strict=True):
         weight.copy_(matrix)
 
 
@@ -494,14 +494,13 @@ def choose_dtype(device):
     torch.set_num_threads(1)  # two wait for each other beside others
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.ones(size, size, device=device, dtype=dtype)
-        seconds.append(min(timeit.repeat(lambda: (a @ a, prepare.synchronize(device)), number=1, repeat=50)))
+        seconds.append(min(timeit.repeat(lambda a=a: (a @ a, prepare.synchronize(device)), number=1, repeat=50)))
     torch.set_num_threads(threads)
     return torch.bfloat16 if seconds[0] < 0.8 * seconds[1] else torch.float32
 
 
 def set_up(device):
     """The fastest precision, attention and code that is right here. What falls back prints a line."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.HOME / "compiled"))  # later runs compile nothing
     torch.set_float32_matmul_precision("high")
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # glibc: keep what is freed; page faults take 10% of a step
@@ -509,9 +508,7 @@ def set_up(device):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     compiled = COMPILE and device.type != "mps"
     try:
-        from torch._inductor.cpu_vec_isa import VecISA
-
-        VecISA.check_build = lambda isa, code: True  # no trials of instruction sets, 5 s each
+        prepare.mend_compiler()
         x = torch.ones(2**15, device=device, requires_grad=True)
         torch.compile(lambda x: norm(x).sum(), disable=not compiled)(x).backward()
     except Exception as error:  # no compiler, no headers, no Triton: all the same

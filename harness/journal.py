@@ -1,21 +1,46 @@
-"""What ran: commit, device lock, rows, journal.jsonl, best.pt."""
+"""
+What ran: the lock of the device, the rows that a process has opened, the commit, journal.jsonl and best.pt.
 
+Nothing heavy is imported before it is needed: ledger.py reads the journal beside a training.
+"""
+
+import errno
 import hashlib
 import json
+import math
 import os
-import platform
+import re
 import subprocess
 import sys
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from harness.probe import Lazy
+ROOT = Path(__file__).parent.parent  # of the repository
 
-torch = Lazy("torch")
-ROOT = Path(__file__).parent.parent
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
+
+NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that program.md names
+LATE_FLAG = 1.02  # budgets of training
+SLOW_FLAG = 10  # percent of the time in slow steps
+SCORING_SHARE, SCORING_SECONDS = 1 / 5, 5  # scoring may take so much of the budget, and so many seconds more
+
+# What a reader of a train.py should look at, and how it is written
+SUSPECTS = {
+    "changes the harness": r"\b(prepare|clock|benchmark|journal)\.\w+ *[-+*/|]?=(?!=)|\bsetattr\(",
+    "uses private names of the harness": r"\b(prepare|clock|benchmark)\._|\bclock\.(lock|ticks)|(from|import) +harness",
+    "starts threads or processes": r"\b(threading|multiprocessing|subprocess|concurrent|fork|popen|system)\b",
+    "reads files": r"\bopen\(|\b(torch|np|numpy|pickle)\.load|memmap|from_?file|read_(text|bytes)|safetensors",
+    "uses the network": r"\b(socket|urllib|requests|http|huggingface_hub)\b",
+    "looks into the interpreter": r"_getframe|\binspect\.|\bgc\.get_",
+    "reads or sets the seed": r"env.*AUTORESEARCH_SEED",
+}
+
+
+# --------------------------------------
+# Small things that every room needs
 
 
 def now():
@@ -31,72 +56,201 @@ def sha256(path):
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """What an exception says, in one line of at most 200 characters."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
-def open_rows(path, split):
-    return np.load(path / f"{split}.npy", mmap_mode="r")
+def find_home():
+    """The folder of all benchmarks, from AUTORESEARCH_HOME. Raises SystemExit if that names no folder."""
+    named = os.environ.get("AUTORESEARCH_HOME")
+    home = os.path.expanduser(named or "~/.cache/autoresearch")
+    if home.startswith("~"):  # left as it was: there is no such user, or this one has no home
+        raise SystemExit(f"{home}: there is no such home folder; set AUTORESEARCH_HOME to a folder on a local disk")
+    return Path(home).absolute()
+
+
+def explain(error):
+    """An OSError in words, with the way out where a file system has no locks."""
+    if error.errno in NO_LOCKS:
+        return f"{error}: no locks here, as on some NFS; set AUTORESEARCH_HOME to a folder on a local disk"
+    return f"{error}; fix it and run this again"
 
 
 def git(*words):
-    """What a git command prints in the folder of this file, or None."""
+    """What a git command prints in the folder of the repository, or None if it fails."""
     try:
-        result = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, errors="replace")
     except OSError:  # not installed
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    if result.returncode != 0:
+        return None
+    return result.stdout.strip()
+
+
+# --------------------------------------
+# The run
+
+
+rows_served = Counter()  # of this process, by split, until its run is scored: {"train": 4096}
+
+
+def open_rows(folder, split):
+    """The packed rows of "train", "val" or "holdout", counted: uint16 [rows, T + 1], memory-mapped, read-only."""
+    rows = map_rows(folder, split)
+    rows_served[split] += len(rows)
+    return rows
+
+
+def map_rows(folder, split):
+    """The same, not counted: for the harness itself."""
+    import numpy as np
+
+    return np.load(folder / f"{split}.npy", mmap_mode="r")
+
+
+def harness_sha256():
+    """One hash of prepare.py and all of harness/."""
+    digest = hashlib.sha256()
+    for path in (ROOT / "prepare.py", *sorted((ROOT / "harness").glob("*.py"))):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def find_origin():
-    """What is being run: the commit, whether .py files differ from it, and hashes of the script and of this file."""
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    script = getattr(sys.modules["__main__"], "__file__", None)
+    """What is being run: the commit, whether .py files differ from it or are new, hashes of script and harness."""
+    changes = git("status", "--porcelain", "--untracked-files=all", "--", "*.py")
+    script = getattr(sys.modules["__main__"], "__file__", None)  # None in a notebook
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else changes != "",
+        "harness_sha256": harness_sha256(),
         "script": script and Path(script).name,
         "train_sha256": script and sha256(script),
-        "prepare_sha256": sha256(ROOT / "prepare.py"),
     }
 
 
-def lock_device(folder, device):
-    """An exclusive lock on this device, by its own name on this machine. A file beside it tells whose it is."""
-    name = f"{device.type}-{platform.node()}"
-    if device.type == "cuda":
-        name = f"cuda-{torch.cuda.get_device_properties(device).uuid}"
-    holder = folder / f"{name}.pid"
-    lock = FileLock(holder.with_suffix(".lock"))  # the system frees it when the process ends
+# --------------------------------------
+# The journal
+
+
+def refuse_unwritable(folder):
+    """Raise SystemExit before a training whose score could not be recorded."""
+    trial = folder / f"writable.{os.getpid()}.tmp"
     try:
-        holder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        holder.write_text(str(os.getpid()))
-    except Timeout:
-        pid = holder.read_text() if holder.exists() else "unknown"
-        raise SystemExit(f"another training is running on {device} (pid {pid}): wait for it or end it") from None
+        trial.write_text("yes")
+        trial.unlink()
     except OSError as error:
-        raise SystemExit(f"cannot write to AUTORESEARCH_HOME: {error}; fix it and run again") from None
-    return lock
+        raise SystemExit(f"cannot write to AUTORESEARCH_HOME: {explain(error)}") from None
 
 
-def save_best(path, model, origin):
-    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+def record_run(folder, run, model):
+    """
+    Append a scored run to the journal of a benchmark's folder, and keep its weights as best.pt when no run before was
+    better. Runs of another harness are not compared. Raises SystemExit, with the score, if the line can't be written.
+    """
     try:
-        torch.save({**origin, "model": weights}, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        append_run(folder, run, model)
+    except OSError as error:
+        raise SystemExit(f"scored, val_bpb {run['val_bpb']:.6f}, but not recorded: {explain(error)}") from None
+
+
+def append_run(folder, run, model):
+    path = folder / "journal.jsonl"
+    with FileLock(path.with_suffix(".lock")):  # runs on other devices may finish at the same moment
+        # the best so far, before this one is in the file
+        scores = [other["val_bpb"] for other in read_journal(folder) if other["same_harness"]]
+        line = json.dumps(run) + "\n"
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            line = "\n" + line  # the last one was torn, by a full disk
+        with open(path, "a") as journal:
+            journal.write(line)
+        if run["same_harness"] and run["val_bpb"] < min(scores, default=math.inf):
+            save_best(folder / "best.pt", run, model)
+
+
+def save_best(path, run, model):
+    """Write a model's weights and where they come from. It is no failure of the run if that does not work."""
+    import torch
+
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    device = next(iter(weights.values())).device.type if weights else "cpu"
+    best = {"commit": run["commit"], "val_bpb": run["val_bpb"], "device": device, "model": weights}
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(best, temporary)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-        path.with_suffix(".tmp").unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         print(f"best.pt was not saved: {first_line(error)}")
 
 
 def read_journal(folder):
-    """The scored runs of a benchmark's folder, oldest first: a list of dicts."""
+    """The scored runs of a benchmark's folder, oldest first: a list of dicts. A line that is torn is named."""
     path = folder / "journal.jsonl"
     runs = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
-            run = json.loads(line or "null")
-            runs += [{"same_prepare": None, **run, "val_bpb": float(run["val_bpb"])}] if line else []
+            run = json.loads(line)
+            run["val_bpb"] = float(run["val_bpb"])
         except (ValueError, KeyError, TypeError):
             print(f"{path}:{number}: skipped, the line is incomplete")
+            continue
+        run.setdefault("same_harness", run.get("same_prepare"))  # its name before harness/ was
+        runs.append(run)
     return runs
+
+
+# --------------------------------------
+# What asks for a second look. It finds accidents and eager agents; somebody who wants to cheat is not stopped by it
+
+
+def flags(run):
+    """Reasons to look at a run of the journal more closely: a list of sentences. Older runs lack some of the keys."""
+    found = []
+    if run.get("same_harness") is False:
+        found.append("the harness was not the one that prepared the benchmark")
+    if run.get("dirty") is not False:
+        found.append("uncommitted changes, or .py files that git does not know")
+    if run.get("seed") not in NAMED_SEEDS:
+        found.append(f"seed {run.get('seed')}, which program.md does not name")
+    if run.get("scored_rows_read"):
+        found.append(f"read scored rows (validation or holdout): {run['scored_rows_read']}")
+    if run.get("untimed_rows", 0) > 0:
+        found.append(f"read {run['untimed_rows']} training rows outside of the timed part")
+    if run.get("gpus", 0) > 1:
+        found.append(f"used {run['gpus']} GPUs")
+    return found + time_flags(run)
+
+
+def time_flags(run):
+    found = []
+    budget = run.get("time_budget", math.inf)
+    training, scoring = run.get("training_seconds", 0), run.get("scoring_seconds", 0)
+    slow = run.get("slow_steps_percent", 0)
+    if training > LATE_FLAG * budget:
+        found.append(f"trained for {training:.1f} s, budget {budget:g} s")
+    if scoring > SCORING_SHARE * budget + SCORING_SECONDS:
+        found.append(f"scored for {scoring:.0f} s: scoring is no training (or was the machine busy?)")
+    if slow > SLOW_FLAG:
+        found.append(f"{slow:.0f}% of the time in slow steps")
+    return found
+
+
+def suspects(source):
+    """Lines of a train.py that a reader should look at: a list of sentences. None of them is an accusation."""
+    found = []
+    for number, line in enumerate(source.splitlines(), 1):
+        code = line.split("#")[0].strip()
+        for reason, pattern in SUSPECTS.items():
+            if re.search(pattern, code):
+                found.append(f"train.py:{number} {reason}: {code:.100}")
+    return found
+
+
+def suspects_of_commit(commit):
+    """The same for the train.py that a commit has; nothing if git does not know it."""
+    return suspects(git("show", f"{commit}:./train.py") or "")

@@ -14,7 +14,7 @@ def read_notes():
     results = []
     for line in sorted(set(lines)):
         keys, *row = line.split("\t", len(LEDGER))
-        result = dict(word.split("=", 1) for word in keys.split() if "=" in word) | dict(zip(LEDGER, row))
+        result = dict(word.split("=", 1) for word in keys.split() if "=" in word) | dict(zip(LEDGER, row, strict=False))
         if {"agent", "benchmark", "device", *LEDGER} <= set(result) and re.fullmatch(r"\d+\.\d+", result["val_bpb"]):
             results.append(result | {"val_bpb": float(result["val_bpb"]) or math.nan})
     return results

@@ -3,6 +3,7 @@ Everything runs in a home of its own, without network; a small `local` benchmark
 several test modules use is here: texts, a server, a ledger, scripted agents.
 """
 
+import contextlib
 import http.server
 import os
 import re
@@ -22,16 +23,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub import constants
 
 ROOT = Path(__file__).parent.parent
 os.environ["AUTORESEARCH_HOME"] = tempfile.mkdtemp(prefix="autoresearch-test-")  # of this worker of pytest-xdist
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest's own folders stay
+os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ar-")  # where the locks of devices are
+tempfile.tempdir = None  # so that it is read
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that it starts: two workers share two cores
 torch.set_num_threads(1)
-for name in ("AUTORESEARCH_SEED", "HF_ENDPOINT"):
+for name in ("AUTORESEARCH_SEED", "HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TORCHINDUCTOR_CACHE_DIR"):
     os.environ.pop(name, None)
 
 import prepare  # noqa: E402
-from harness import sources  # noqa: E402
+from harness import downloads  # noqa: E402
 
 CPU = torch.device("cpu")
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -139,9 +144,21 @@ def book(tmp_path):
     return ["--text", str(tmp_path / "a.txt"), *TINY]
 
 
-def write_parquet(path, texts):
-    table = pyarrow.table({"id": range(len(texts)), "text": texts})
-    pyarrow.parquet.write_table(table, path, row_group_size=200, compression="none")
+def parquet(texts, kind=None, row_group_size=200):
+    """The bytes of a parquet file."""
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"text": pyarrow.array(texts, kind)})
+    pyarrow.parquet.write_table(table, sink, row_group_size=row_group_size, compression="none")
+    return sink.getvalue().to_pybytes()
+
+
+def write_files(folder, files):
+    """A folder of these files, {name: content}. Returns it."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
 
 
 def story_numbers(benchmark, split):
@@ -150,16 +167,21 @@ def story_numbers(benchmark, split):
     return {int(words.split(":")[0]) for words in text.split("Story ")[1:] if words.split(":")[0].isdecimal()}
 
 
+SHARD, VALIDATION = "shard_00000.parquet", f"shard_{prepare.VALIDATION_SHARD:05}.parquet"
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the files of `folder`; `faults` are functions that spoil the next answers for the first shard."""
+    """Serves `files`; `faults` are functions that spoil the next answers for SHARD."""
 
     def do_GET(self):
         name = self.path.rsplit("/", 1)[-1]
-        self.seen.append((name, time.monotonic(), self.headers.get("Range")))
-        content = (self.folder / name).read_bytes()
-        if self.faults and name == "shard_00000.parquet":
-            return self.faults.pop(0)(self, content)
-        self.answer(content)
+        self.seen.append((name, self.headers.get("Range"), self.headers.get("Authorization")))
+        if name not in self.files:
+            self.send_error(404)
+        elif self.faults and name == SHARD:
+            self.faults.pop(0)(self, self.files[name])
+        else:
+            self.answer(self.files[name])
 
     def answer(self, content, end=None, resume=True, **headers):
         first = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if resume else 0
@@ -177,20 +199,30 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(tmp_path, home, monkeypatch):
-    """A stand-in for huggingface.co with a training shard and the one that is scored."""
-    handler = type("Handler", (Hub,), {"folder": tmp_path / "hub", "faults": [], "seen": []})
-    handler.folder.mkdir()
-    for shard in (0, prepare.VALIDATION_SHARD):
-        write_parquet(handler.folder / f"shard_{shard:05}.parquet", stories(10 * shard, 900))
+@contextlib.contextmanager
+def serving():
+    """A server with a training shard and the one that is scored."""
+    files = {SHARD: parquet(stories(0, 900)), VALIDATION: parquet(stories(10 * prepare.VALIDATION_SHARD, 900))}
+    handler = type("Handler", (Hub,), {"files": files, "faults": [], "seen": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(sources, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT", (1, 0.5))
+    handler.url = f"http://127.0.0.1:{server.server_port}"
     yield handler
     server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hub(home, tmp_path, monkeypatch):
+    """A stand-in for huggingface.co, and nothing of the user's own."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(downloads, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(downloads, "TIMEOUT", (1, 0.5))
+    with serving() as handler:
+        monkeypatch.setenv("HF_ENDPOINT", handler.url)
+        yield handler
 
 
 # --------------------------------------
@@ -223,7 +255,7 @@ def journal_of(ledger, **changes):
             "benchmark": "local-T64-V512-3s-00000000",
             "commit": commit * 5,
             "dirty": False,
-            "same_prepare": True,
+            "same_harness": True,
             "seed": int(description.split("seed ")[1]) if "seed " in description else 42,
             "val_bpb": float(score) + 4e-7,
             "holdout_bpb": float(score) + 0.1,
@@ -266,7 +298,8 @@ def replace(path, *edits):
 def weaken(folder):
     """Leave room for a gain in the train.py of a folder, and let no run count as disturbed."""
     replace(folder / "train.py", *((rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK), *UNHURRIED)
-    replace(folder / "ledger.py", ("^SLOW_FLAG = .*", "SLOW_FLAG = 101"), ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
+    replace(folder / "harness" / "journal.py", ("^SLOW_FLAG = .*", "SLOW_FLAG = 101"))
+    replace(folder / "ledger.py", ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
 
 
 class Agent:

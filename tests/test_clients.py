@@ -20,8 +20,9 @@ import pytest
 from conftest import PROGRAM, ROOT, WEAK, new_repository, wait_for, weaken
 from scripted_model import ScriptedModel
 
-import prepare
 import ledger
+import prepare
+from harness.journal import read_journal
 
 BIN = ROOT / ".clients" / "node_modules" / ".bin"
 STATUS = "uv run prepare.py --status"
@@ -224,7 +225,7 @@ def test_a_night(client):
     rows = client.rows()[1:]
     assert [row[3] for row in rows] == [*["keep"] * 3, "discard", "keep", "discard", "crash", "discard", "keep", "keep"]
     assert {len(row) for row in rows} == {5}
-    journal = prepare.read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
+    journal = read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
     matched, unlisted = ledger.match_runs(ledger.read_ledger(client.folder / "results.tsv"), journal)
     assert len(matched) == 9 and not unlisted
     assert client.git("log", "--format=%h", "--abbrev=7", "main..HEAD").split() == [rows[4][0]]

@@ -16,6 +16,7 @@ import torch
 from conftest import ONE_SHARD, every_byte, score, snapshot, start, uniform, wait_for
 
 import prepare
+from harness.journal import read_journal
 
 
 def refused(words, function, *arguments):
@@ -49,7 +50,7 @@ def test_a_full_disk_while_preparing(hub, home, book):
     prepare.main(book)
     assert every_byte()
     prepare.main(ONE_SHARD)
-    assert every_byte() and snapshot(home / "downloads" / "climbmix") == snapshot(hub.folder)
+    assert every_byte() and snapshot(home / "downloads" / "climbmix") == hub.files
 
 
 @pytest.mark.parametrize("journal_size", [0, 99_990])
@@ -63,10 +64,10 @@ def test_a_full_disk_while_recording(own, journal_size, capsys):
             refused(r"scored, val_bpb \d", score, own, model)
         else:
             score(own, model)
-            assert "best.pt was not saved" in capsys.readouterr().out and len(prepare.read_journal(own.path)) == 1
+            assert "best.pt was not saved" in capsys.readouterr().out and len(read_journal(own.path)) == 1
     assert not list(own.path.glob("best.*"))
     score(own, uniform())  # once there is space again, the next line stands by itself
-    assert prepare.read_journal(own.path)[-1]["val_bpb"] > 0
+    assert read_journal(own.path)[-1]["val_bpb"] > 0
 
 
 @pytest.fixture
@@ -103,7 +104,6 @@ def test_a_file_system_that_is_full_or_read_only(disk, home, book):
     disk("ro")
     nothing_begins("Read-only file system")
     disk("rw")
-    shutil.rmtree(home / "locks")
     fill()
     nothing_begins("No space left on device")
 
@@ -120,24 +120,6 @@ def test_a_home_that_is_no_folder(home, book):
 def processes(leader):
     """Those of its session that still live."""
     return subprocess.run(["ps", "-s", str(leader.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
-
-
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_download_goes_on(hub, home, kind):
-    """The first answer stalls in mid-file; there the process is stopped, and ends before the stall does."""
-    stalled = threading.Event()
-    hub.faults.append(lambda handler, content: (handler.answer(content, end=20_000), stalled.wait(60)))
-    process = start("prepare.py", *ONE_SHARD)
-    part = home / "downloads" / "climbmix" / "shard_00000.parquet.part"
-    wait_for(lambda: part.exists() and part.stat().st_size >= 16_000)
-    process.send_signal(kind)
-    output, errors = process.communicate(timeout=50)
-    assert process.returncode != 0 and not stalled.is_set() and not (home / "current").exists()
-    if kind == signal.SIGINT:
-        assert (process.returncode, errors) == (130, "") and "run this again" in output
-    stalled.set()
-    prepare.main(ONE_SHARD)
-    assert snapshot(home / "downloads" / "climbmix") == snapshot(hub.folder) and every_byte()
 
 
 @pytest.mark.parametrize("moment", ["write_rows", "install"])
@@ -186,21 +168,20 @@ def test_prepare_while_a_training_runs(own, book):
     clock.stop()
     assert prepare.load_benchmark().id != own.id
     prepare.evaluate_bpb(uniform(), own, 8, clock)
-    assert prepare.read_journal(own.path)[-1]["benchmark"] == own.id
+    assert read_journal(own.path)[-1]["benchmark"] == own.id
 
 
 def test_two_devices_are_two_locks(benchmark):
-    for lock in [prepare.lock_device(prepare.HOME / "locks", torch.device(kind)) for kind in ("cpu", "mps")]:
+    for lock in [prepare.DeviceLock(torch.device(kind)) for kind in ("cpu", "mps")]:
         lock.release()
 
 
 def test_two_runs_are_recorded_one_after_the_other(own):
     """Or lines of the journal could be torn, and best.pt that of the worse."""
-    with ThreadPoolExecutor(1) as pool:
-        with prepare.FileLock(own.path / "journal.lock"):
-            run = pool.submit(score, own, uniform())
-            assert wait([run], timeout=1).not_done and not prepare.read_journal(own.path)
-    assert len(prepare.read_journal(own.path)) == 1
+    with ThreadPoolExecutor(1) as pool, prepare.FileLock(own.path / "journal.lock"):
+        run = pool.submit(score, own, uniform())
+        assert wait([run], timeout=1).not_done and not read_journal(own.path)
+    assert len(read_journal(own.path)) == 1
 
 
 # --------------------------------------
@@ -225,7 +206,7 @@ def test_many_runs_leave_nothing_behind(own):
             early = resources()
     files, threads, memory = resources()
     assert files <= early[0] and threads <= early[1] and memory < early[2] + 50
-    assert len(prepare.read_journal(own.path)) == 20
+    assert len(read_journal(own.path)) == 20
 
 
 @pytest.mark.long
@@ -242,7 +223,7 @@ def test_without_a_compiler(own, tmp_path):
 def test_fifty_trainings_in_a_row(own):
     """Real ones of 3 seconds: after the first, no file, process or lock is left but 49 more rows."""
     sizes = []
-    for number in range(50):
+    for _ in range(50):
         process = start("train.py", start_new_session=True)
         output, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
@@ -252,5 +233,5 @@ def test_fifty_trainings_in_a_row(own):
         sizes.append((len(files), len(compiled), float(re.search(r"^peak_vram_mb: +(\S+)", output, re.M)[1])))
     assert {size[:2] for size in sizes[1:]} == {sizes[-1][:2]}
     assert max(memory for *_, memory in sizes[-10:]) < 1.1 * max(memory for *_, memory in sizes[1:11])
-    runs = prepare.read_journal(own.path)
+    runs = read_journal(own.path)
     assert len(runs) == 50 and all(run["val_bpb"] < 5 for run in runs)

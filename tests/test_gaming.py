@@ -5,8 +5,10 @@ And the other side: honest models of many kinds, none of which may be refused.
 """
 
 import contextlib
+import copy
 import math
-import re
+import multiprocessing
+import os
 import time
 
 import numpy as np
@@ -14,11 +16,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, SMALL, TEXT, UNHURRIED, Agent, Function, new_repository, score, uniform
+from conftest import CPU, ROOT, SMALL, TEXT, UNHURRIED, Agent, Function, new_repository, score, uniform
 
 import prepare
-import ledger
 import train
+from harness import journal
+from harness.journal import read_journal
+from harness.probe import Probe
 
 
 @pytest.fixture
@@ -118,27 +122,58 @@ def position(x):
     return torch.arange(x.size(1)).expand_as(x)
 
 
-RARE = {  # leaks at a few places of a row, and the length of the rows
-    "the rarest token": (256, lambda x, after: x == 59),
-    "after a boundary": (256, lambda x, after: (x == 60) & (position(x) > 0)),
-    "last position but one": (600, lambda x, after: position(x) == x.size(1) - 2),
-    "chunks of 128": (256, lambda x, after: (position(x) + 1) % 128 == 0),
+def probe(model, rows, batch_size=8, vocab_size=512):
+    Probe(lambda ids: prepare.predict(model, ids, vocab_size), rows, batch_size, vocab_size).run()
+
+
+PLACES = {  # leaks at a few places of a row: the length of the rows, and where
+    "one position": (2048, lambda x, after: position(x) == 1000),
+    "every 700th": (2048, lambda x, after: position(x) % 700 == 699),
     "chunks of 512": (2048, lambda x, after: (position(x) + 1) % 512 == 0),
+    "chunks of 128": (256, lambda x, after: (position(x) + 1) % 128 == 0),
+    "the first": (256, lambda x, after: position(x) == 0),
+    "last position but one": (600, lambda x, after: position(x) == x.size(1) - 2),
+}
+RARE = {  # at tokens that are few
+    "the rarest token": lambda x, after: x == 59,
+    "before the rarest": lambda x, after: after == 59,
+    "after a boundary": lambda x, after: (x == 60) & (position(x) > 0),
+    "across a boundary": lambda x, after: after == 60,
 }
 
 
-@pytest.mark.parametrize("kind", RARE)
-def test_the_probe_sees_a_rare_leak_in_almost_every_run(kind):
-    """In rows of 60 kinds of tokens that follow Zipf's law. 19 of 20 probes find it: to miss 4 of 10 is no chance."""
-    T, where = RARE[kind]
+def zipf_rows(T):
+    """64 rows of 60 kinds of tokens that follow Zipf's law; 60 is BOS."""
     tokens = np.random.default_rng(0).zipf(1.5, (64, T + 1)) % 60
-    rows = np.where(np.arange(T + 1) == 0, 60, tokens).astype(np.uint16)
+    return np.where(np.arange(T + 1) == 0, 60, tokens).astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_the_probe_sees_a_leak_at_a_fixed_place_in_every_run(kind):
+    T, where = PLACES[kind]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="the model sees the future"):
+            probe(Cheap(leak(where), 64), zipf_rows(T), 4096 // T, 64)
+
+
+@pytest.mark.parametrize("kind", RARE)
+def test_the_probe_sees_a_leak_at_a_rare_token_in_almost_every_run(kind):
+    """19 of 20 probes find it: to miss 4 of 10 is no chance."""
     missed = 0
     for _ in range(10):
         with contextlib.suppress(RuntimeError):
-            prepare.check_causality(Cheap(leak(where), 64), rows, 4096 // T, 64, CPU)
+            probe(Cheap(leak(RARE[kind]), 64), zipf_rows(256), 16, 64)
             missed += 1
     assert missed < 4
+
+
+@pytest.mark.parametrize(("T", "batch_size"), [(2, 3), (9, 4), (33, 8), (33, 64), (33, 1)])
+def test_every_cut_is_tried(T, batch_size):
+    """Once and more, where there are more rows than cuts; and none outside of the row."""
+    made = Probe(uniform(64), zipf_rows(T), batch_size, 64)
+    cuts, rarest = made.cuts[:-1].flatten().tolist(), made.cuts[-1].tolist()
+    assert set(cuts) == set(range(1, T)) and len(cuts) - (T - 1) < batch_size
+    assert all(1 <= cut < T for cut in rarest)
 
 
 # --------------------------------------
@@ -174,7 +209,7 @@ def test_the_probe_is_not_drawn_from_the_generator_that_train_py_seeds(benchmark
     for _ in range(2):
         torch.manual_seed(0)
         state = torch.get_rng_state()
-        prepare.check_causality(model, benchmark.rows("holdout"), 8, 512, CPU)
+        probe(model, benchmark.rows("holdout"))
         assert torch.equal(torch.get_rng_state(), state)
     half = len(seen) // 2
     assert not any(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:]))
@@ -196,18 +231,20 @@ class Remembers(nn.Module):
 def test_a_memory_of_scored_rows(benchmark, monkeypatch):
     with pytest.raises(RuntimeError, match="gives two answers"):
         score(benchmark, Remembers())
-    monkeypatch.setattr(prepare, "check_causality", lambda *_: None)  # one that lies low until the probe is over
+    monkeypatch.setattr(Probe, "run", lambda self: None)  # one that lies low until the probe is over
     with pytest.raises(RuntimeError, match="scores the same rows differently"):
         score(benchmark, Remembers())
 
 
-@pytest.mark.parametrize("register", [nn.Module.register_parameter, nn.Module.register_buffer])
-def test_weights_that_change_during_the_scoring(benchmark, register):
-    weight = nn.Parameter(torch.zeros(1), requires_grad=False)
-    model = Function(lambda inputs: 0 * weight.add_(1e-4) * torch.ones(*inputs.shape, 512))
-    register(model, "weight", weight)
-    with pytest.raises(RuntimeError, match="parameters or buffers have changed"):
-        score(benchmark, model)
+def scaled_over_the_batch(model, x, logits):
+    """As a dynamic fp8 product does: one scale for all rows, that the largest entry sets."""
+    size = torch.eye(512)[x].cumsum(dim=1)
+    return size * (size[:, -1].amax() / 64)
+
+
+def test_a_scale_over_the_batch_is_named(benchmark):
+    with pytest.raises(RuntimeError, match="scale over the whole batch .dynamic fp8.: take it per row"):
+        score(benchmark, Cheap(scaled_over_the_batch))
 
 
 # --------------------------------------
@@ -216,7 +253,9 @@ def test_weights_that_change_during_the_scoring(benchmark, register):
 
 def test_probabilities_that_do_not_sum_to_one(benchmark):
     """log p = 0 for every token is no certainty but a uniform model; a constant changes nothing."""
-    scores = [score(benchmark, Function(lambda x: torch.full((*x.shape, 512), value))) for value in (0.0, -3.0, 50.0)]
+    scores = []
+    for value in (0.0, -3.0, 50.0):
+        scores.append(score(benchmark, Function(lambda x, value=value: torch.full((*x.shape, 512), value))))
     assert scores == pytest.approx([scores[0]] * 3)
     targets, token_bytes = benchmark.rows("val")[:, 1:], benchmark.token_bytes()
     expected = math.log2(512) * (token_bytes[targets] > 0).sum() / token_bytes[targets].sum()
@@ -234,7 +273,7 @@ def test_probabilities_that_do_not_sum_to_one(benchmark):
         lambda logits: F.pad(logits, (0, 1)),
         lambda logits: logits.tolist(),
     ],
-    ids="nan,infinity,minus infinity,short rows,fewer rows,wider,list".split(","),
+    ids=["nan", "infinity", "minus infinity", "short rows", "fewer rows", "wider", "list"],
 )
 def test_invalid_logits(benchmark, spoil):
     model = Cheap()
@@ -265,21 +304,40 @@ def test_work_after_stop_counts(benchmark, sleepy, monkeypatch):
         score(benchmark, sleepy)
 
 
-def test_a_patched_time(benchmark, sleepy, monkeypatch):
-    monotonic = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: monotonic() / 4)
-    monkeypatch.setattr(prepare, "CLOCK_ERROR", 0.1)
-    with pytest.raises(RuntimeError, match="not scored: the clock shows 0.1 s, but 0.4 s have passed"):
-        score(benchmark, sleepy)
-
-
-def test_a_second_score_of_the_same_run(benchmark):
+def stopped(benchmark):
     clock = prepare.TrainingClock(benchmark, "cpu")
     clock.start()
     clock.stop()
+    return clock
+
+
+def test_a_second_score_of_the_same_run(benchmark):
+    """Also by a copy of the clock that was made before."""
+    clock = stopped(benchmark)
+    other = copy.copy(clock)
     prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
-    with pytest.raises(RuntimeError, match="scored before"):
-        prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
+    for again in (clock, other):
+        with pytest.raises(RuntimeError, match="scored before"):
+            prepare.evaluate_bpb(uniform(), benchmark, 8, again)
+
+
+def test_a_score_in_a_fork(benchmark):
+    """It is refused, and the lock stays with the process that took it."""
+    clock = stopped(benchmark)
+
+    def child():
+        with contextlib.suppress(RuntimeError):
+            prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
+            os._exit(1)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and clock.lock.held
+    with pytest.raises(SystemExit, match="another training is running"):
+        prepare.TrainingClock(benchmark, "cpu")
+    prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
 
 
 def test_another_budget_in_memory(benchmark):
@@ -300,23 +358,20 @@ def test_easier_rows(own):
 # An edited train.py and prepare.py, run as an agent runs them: what is not refused is flagged
 
 START, STOP = r"^    clock\.start\(\)\n", r"^    clock\.stop\(\)\n"
-CHECKPOINT = r"""\g<0>
-    torch.save(model.state_dict(), "weights.bin")
-    model.load_state_dict(torch.load("weights.bin"))
-"""
 HEAD_START = r"""
     model.load_state_dict(torch.load("weights.bin"))
-    model.load_state_dict(torch.load(benchmark.path / "best.pt")["model"])
-    benchmark.rows("holdout")
-    prepare.np.load(benchmark.path / "val.npy", mmap_mode="r")
-    prepare.np.bincount(benchmark.rows("train").ravel())
+    load_benchmark().rows("holdout")
+    prepare.np.bincount(load_benchmark().rows("train").ravel())
 \g<0>"""
+POLISH = r"""\g<0>
+    time.sleep(0.08)  # more steps, say
+"""
 
 
 def test_an_honest_run_and_one_that_tries_everything(prepared, environment, tmp_path):
     """
-    The second begins with what the first has learned, counts tokens for nothing, trains on the validation rows, looks
-    at the holdout, also past the harness, stops late and has a prepare.py of its own.
+    The second begins with what the first has learned, counts tokens for nothing and looks at the holdout, both with a
+    benchmark of its own, goes on after stop(), brings a new file along, and has a harness of its own.
     """
     prepare.main(["--text", *TEXT, *SMALL, "--time-budget", "1"])
     agent = Agent(new_repository(tmp_path / "clone", environment), environment, {})
@@ -325,22 +380,62 @@ def test_an_honest_run_and_one_that_tries_everything(prepared, environment, tmp_
         agent.git("commit", "-qam", "an idea")
         result = agent.run("train.py")
         assert result.returncode == 0, result.stderr
-        run = prepare.read_journal(prepare.load_benchmark().path)[-1]
-        return [flag for flag in ledger.flags(run) if "slow steps" not in flag]  # the machine may be busy
+        run = read_journal(prepare.load_benchmark().path)[-1]
+        return [flag for flag in journal.flags(run) if "slow steps" not in flag]  # the machine may be busy
 
-    agent.edit(*UNHURRIED, (STOP, CHECKPOINT))
+    agent.edit(*UNHURRIED, (STOP, r"\g<0>    torch.save(model.state_dict(), 'weights.bin')\n"))
     assert flags() == []
 
-    agent.edit((START, HEAD_START), (STOP, r"    while clock.elapsed < 1.2: pass\n\g<0>"))
-    agent.edit((r'make_dataloader\(benchmark, "train"', 'make_dataloader(benchmark, "val"'))
+    agent.edit((START, HEAD_START), (STOP, r"    while clock.elapsed < 1: pass\n\g<0>"), (STOP, POLISH))
     agent.edit((r"^LATE_LIMIT = .*", "LATE_LIMIT = 9.9"), file="prepare.py")
-    own_prepare, scored, untimed, files, late = flags()
-    assert own_prepare == "prepare.py was not the one that prepared the benchmark"
-    assert int(re.fullmatch(r"read scored rows \(validation or holdout\): (\d+)", scored)[1]) > 20  # of the holdout
-    assert re.fullmatch(r"read \d+ training rows outside of the timed part", untimed)
-    assert files.startswith("read files, perhaps from an earlier run: ")
-    assert set(files.split(": ")[1].split(", ")) == {"weights.bin", "best.pt", "val.npy"}
-    assert re.fullmatch(r"trained for \d\.\d s, budget 1 s", late)
+    (agent.folder / "helper.py").write_text("")
+    own_harness, dirty, scored, untimed, late = flags()
+    assert own_harness == "the harness was not the one that prepared the benchmark"
+    assert dirty == "uncommitted changes, or .py files that git does not know"
+    assert scored == "read scored rows (validation or holdout): 20"
+    rows = len(prepare.load_benchmark().rows("train"))
+    assert untimed == f"read {rows} training rows outside of the timed part"
+    assert late.startswith("trained for 1.") and late.endswith(" s, budget 1 s")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("prepare.LATE_LIMIT = 9", "changes the harness"),
+        ("clock.started += 5", "changes the harness"),
+        ("setattr(prepare, 'predict', mine)", "changes the harness"),
+        ("from harness import probe", "uses private names of the harness"),
+        ("clock.lock.release()", "uses private names of the harness"),
+        ("import threading", "starts threads or processes"),
+        ("if os.fork() == 0:", "starts threads or processes"),
+        ("model.load_state_dict(torch.load('weights.bin'))", "reads files"),
+        ("table = np.memmap('counts.bin')", "reads files"),
+        ("counts = torch.from_file('counts.bin')", "reads files"),
+        ("text = open('notes.txt').read()", "reads files"),
+        ("import socket", "uses the network"),
+        ("frame = sys._getframe(2)", "looks into the interpreter"),
+        ("rows = [x for x in gc.get_objects() if len(x)]", "looks into the interpreter"),
+        ("os.environ['AUTORESEARCH_SEED'] = '7'", "reads or sets the seed"),
+        ("x = x + 1  # not torch.load(...)", None),
+        ("if clock.progress == 1:", None),
+        ("benchmark = load_benchmark()", None),
+    ],
+)
+def test_lines_to_look_at(line, reason):
+    source = f"import torch\n    {line}\n"
+    expected = [f"train.py:2 {reason}: {line}"] if reason else []
+    assert journal.suspects(source) == expected
+
+
+def test_nothing_in_our_own_train_py_is_suspect():
+    assert journal.suspects((ROOT / "train.py").read_text()) == []
+
+
+def test_scoring_that_takes_long_is_flagged():
+    """More than a fifth of the budget and five seconds: there a model could be trained, or searched for."""
+    run = dict(time_budget=60, seed=42, dirty=False, same_harness=True)
+    assert journal.flags(run | {"scoring_seconds": 16.9}) == []
+    assert journal.flags(run | {"scoring_seconds": 17.1})[0].startswith("scored for 17 s: scoring is no training")
 
 
 # --------------------------------------
@@ -432,4 +527,4 @@ def test_honest_models_are_scored(small, benchmark, kind):
 def test_rounding_passes_many_probes(benchmark):
     """On a CPU the experts above round alike whatever stands beside them, so here it is made; no false alarm."""
     for _ in range(15):
-        prepare.check_causality(Cheap(rounding), benchmark.rows("holdout"), 8, 512, CPU)
+        probe(Cheap(rounding), benchmark.rows("holdout"))

@@ -11,13 +11,13 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from conftest import copy_harness, CPU, HEADER, NIGHT, ROOT, journal_of
+from conftest import CPU, HEADER, NIGHT, ROOT, copy_harness, journal_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import prepare
-from harness import journal
 import ledger as night
+import prepare
 import train
+from harness import journal
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
 CODE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code")
@@ -128,7 +128,7 @@ def test_the_audit_finds_what_does_not_agree(cells, capsys):
     bug = "fffffff\t0.800000\t1.0\tkeep\ta bug\n"
     journal = journal_of(
         NIGHT + bug,
-        row2={"same_prepare": False},
+        row2={"same_harness": False},
         row3={"dirty": True},
         row4={"val_bpb": 0.991},
         row5={"commit": "9" * 40},
@@ -138,8 +138,8 @@ def test_the_audit_finds_what_does_not_agree(cells, capsys):
     journal += [{**journal[0], "val_bpb": score} for score in (2.0, 2.1, 2.2)]
     found = cells(NIGHT + "eeeeeee\t0.987000\t1.0\tkeep\tonce more\n" + bug, journal)
     assert found["findings"] == [
-        (1, "aaaaaaa", "prepare.py was not the one that prepared the benchmark"),
-        (2, "aaaaaaa", "uncommitted changes"),
+        (1, "aaaaaaa", "the harness was not the one that prepared the benchmark"),
+        (2, "aaaaaaa", "uncommitted changes, or .py files that git does not know"),
         (3, "bbbbbbb", "the ledger says 0.990000, its run scored 0.991000"),
         (4, "ccccccc", "no run of this commit in the journal of this machine"),
         (6, "eeeeeee", "seed 7, which program.md does not name"),

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import copy_harness, ROOT, TEXT
+from conftest import ROOT, TEXT, copy_harness
 from null_cuda import CARDS, build
 
 import prepare

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prepare
 from harness import packing
 
 BOS = 9999
@@ -66,7 +65,7 @@ def test_same_rows_as_a_scan(lengths, row_length, batch, buffer_size, split):
     expected = scan(theirs, row_length, split, buffer_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "PACKING_BUFFER", buffer_size)
-        for row in prepare.pack(ours, row_length, BOS, split):
+        for row in packing.pack(ours, row_length, BOS, split):
             assert row.tolist() == next(expected)
             assert length_hint(ours) == length_hint(theirs)
     assert not list(expected)
@@ -74,5 +73,5 @@ def test_same_rows_as_a_scan(lengths, row_length, batch, buffer_size, split):
 
 def test_written_rows_are_what_was_given(tmp_path):
     rows = [np.arange(start, start + 5, dtype=np.uint16) for start in range(60_000, 60_123)]
-    assert prepare.write_rows(tmp_path / "rows.npy", iter(rows), 5) == 123
+    assert packing.write_rows(tmp_path / "rows.npy", iter(rows), 5) == 123
     assert np.array_equal(np.load(tmp_path / "rows.npy", mmap_mode="r"), np.stack(rows))

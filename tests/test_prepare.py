@@ -1,46 +1,28 @@
 """Preparing a benchmark as a user does: local text, downloads from a server of our own, bad input, damaged files."""
 
-import hashlib
+import itertools
 import json
 import os
 import pickle
 import shutil
-import socket
-import struct
 import sys
-import time
 import types
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-from conftest import ONE_SHARD, TINY, every_byte, snapshot, stories, story_numbers, write_parquet
+from conftest import ONE_SHARD, TINY, every_byte, parquet, snapshot, stories, story_numbers, write_files
 
 import prepare
-from harness import sources
+from harness import packing
 
 # --------------------------------------
 # local
 
 
-def write_text(tmp_path, files):
-    """A folder of these files."""
-    folder = tmp_path / "text"
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
-
-
 def prepare_text(tmp_path, files, *arguments):
     """Prepare a folder of these files; returns the benchmark and its counts."""
-    prepare.main(["--text", str(write_text(tmp_path, files)), *TINY, *arguments])
+    prepare.main(["--text", str(write_files(tmp_path / "text", files)), *TINY, *arguments])
     return prepare.load_benchmark(), every_byte()["counts"]
-
-
-def batches_of(folder):
-    return list(sources.local_batches(sources.find_text([str(folder)]), prepare.Counter()))
 
 
 def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
@@ -63,50 +45,55 @@ def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
 
 ODD = {
     "NUL bytes": "a\0b\0" * 500,
-    "emoji": "🦙👩‍🚀🏳️‍🌈" * 500,
-    "right to left": "שלום עולם مرحبا بالعالم " * 200,
     "CJK": "日本語のテキスト中文文本한국어" * 200,
-    "Windows line ends": "one\r\ntwo\r\n" * 300,
     "one long line": "word " * 30_000,
     "a million spaces": " " * 1_000_000,
     "special token": "<|reserved_0|> is plain text " * 100,
-    "byte order mark": "\ufeffhello " * 100,
 }
 
 
-def test_files_are_documents_and_groups_stay_on_one_side(home, tmp_path):
-    """Odd text is taken as it is, duplicates go, and what can't be read is skipped, as are links to nowhere or back."""
+def test_groups_stay_on_one_side(home, tmp_path, capsys):
+    """Odd text is taken as it is, duplicates go, and what is left out is said."""
     places = [(group, part) for group in range(12) for part in range(3)]
     files = {f"g{g}/{part}.md": "".join(stories(900 * g + 300 * part, 300)) for g, part in places}
     files |= {f"{name}.txt": text for name, text in ODD.items()} | {"g3/copy.txt": files["g0/0.md"]}
-    folder = write_text(tmp_path, files)
-    assert sorted(text for batch in batches_of(folder) for text in batch) == sorted(set(files.values()))
-    (folder / "a.txt").symlink_to(folder / "a.txt")
-    (folder / "deep").symlink_to(folder)
-    files |= {"latin.txt": b"caf\xe9 " * 90, "empty.txt": "", "a.png": b"\x89PNG"}
-    benchmark, counts = prepare_text(tmp_path, files)
-    assert counts["documents"] == 36 + len(ODD) and counts["duplicates"] == counts["skipped files"] == 1
+    benchmark, counts = prepare_text(tmp_path, files | {"latin.txt": b"caf\xe9 " * 90})
+    assert counts["documents"] == 36 + len(ODD) and counts["duplicates"] == 1
+    output = capsys.readouterr().out
+    assert f" tokens of {36 + len(ODD)} documents, 1 duplicates\n" in output
+    assert f"skipped: 1 file that is not UTF-8, {tmp_path}/text/latin.txt\n" in output
     numbers = (story_numbers(benchmark, split) for split in ("val", "holdout", "train"))
     val, holdout, train = ({number // 900 for number in split if number >= 900} for split in numbers)
     assert val and holdout and not val & holdout and not (val | holdout) & train
 
 
-def test_records_of_a_file_are_documents(home, tmp_path):
-    """However tiny, and one of them with half of a character."""
-    lines = [json.dumps({"text": f"number {i}"}) for i in range(5000)] + [r'{"text": "\ud83d"}', "\n"]
-    folder = write_text(tmp_path, {"lines.jsonl": "\n".join(lines)})
-    write_parquet(folder / "table.parquet", stories(2000, 1500))
-    assert prepare_text(tmp_path, {})[1]["documents"] == 6501
+def test_no_scored_row_is_a_training_row(home, tmp_path):
+    """Not even where the same long beginning is in every group: it fills the same rows in each."""
+    licence = "".join(stories(0, 60))
+    files = {f"{i}.txt": licence + "".join(stories(1000 * i, 200)) for i in range(1, 20)}
+    benchmark, counts = prepare_text(tmp_path, files)
+    scored = {row.tobytes() for split in ("val", "holdout") for row in benchmark.rows(split)}
+    train = [row.tobytes() for row in benchmark.rows("train")]
+    assert len(train) == counts["train_rows"] > 100 and not scored.intersection(train)
+    beginning = prepare.Tokenizer.load(benchmark.path).encode(licence)[:32].tobytes()
+    assert any(row[2:] == beginning for row in scored), "it is in there"
 
 
-def test_few_files_are_cut_into_blocks(tmp_path):
-    """Behind a line, if it is not too long; this book has one that is."""
-    book = "".join(stories(0, 9000))
-    book = book.replace("\n", " ") + "\n" + book
-    batches = batches_of(write_text(tmp_path, {"book.txt": book}))
-    blocks = [text for batch in batches for text in batch]
-    assert "".join(blocks) == book and max(map(len, batches)) == 1
-    assert all(2**16 <= len(block) <= 2**17 + 1 for block in blocks[:-1])
+@pytest.mark.parametrize("moment", ["train", "write_benchmark"])
+def test_text_that_grows_while_it_is_read(home, tmp_path, monkeypatch, moment):
+    """The build reads it several times: scored text would move into training."""
+    owner = {"train": prepare.Tokenizer, "write_benchmark": prepare}[moment]
+    original = getattr(owner, moment)
+
+    def grow(*arguments):
+        with open(tmp_path / "text" / "3.txt", "a") as file:
+            file.write("more")
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, moment, grow)
+    with pytest.raises(SystemExit, match="3.txt: changed while it was read; run this again"):
+        prepare_text(tmp_path, PLENTY)
+    assert not (home / "current").exists() and not list(home.glob("*/benchmark.json"))
 
 
 PLENTY = {f"{i}.txt": "".join(stories(1000 * i, 400)) for i in range(12)}
@@ -140,7 +127,7 @@ def test_the_tokenizer_never_sees_scored_text(home, tmp_path, monkeypatch):
     benchmark, _ = prepare_text(tmp_path, files, "--val-rows", "60")
     tokenizer = prepare.Tokenizer.load(benchmark.path)
     assert len(trained_on) > 1
-    texts = [text for batch in batches_of(tmp_path / "text") for text in batch]
+    texts = [text for batch in prepare.LocalText([tmp_path / "text"]).batches() for text in batch]
     scored = sum(len(tokenizer.encode(text)) + 1 for text in texts if text not in trained_on[-1])
     assert scored >= (60 + 3) * 33  # all that was scored was set aside
 
@@ -151,14 +138,14 @@ def test_the_tokenizer_never_sees_scored_text(home, tmp_path, monkeypatch):
 
 def test_climbmix(hub):
     for shard in (1, 2):
-        write_parquet(hub.folder / f"shard_{shard:05}.parquet", stories(1000 * shard, 900))
+        hub.files[f"shard_{shard:05}.parquet"] = parquet(stories(1000 * shard, 900))
     first = 10 * prepare.VALIDATION_SHARD
     prepare.main([*ONE_SHARD, "--num-shards", "3"])
     benchmark = prepare.load_benchmark()
     tokenizer = prepare.Tokenizer.load(benchmark.path)
     groups = [stories(first, 900)[i : i + 200] for i in range(0, 900, 200)]
     held_out = [[tokenizer.encode(t) for t in g[i : i + 128]] for g in groups for i in range(0, len(g), 128)]
-    expected = list(prepare.itertools.islice(prepare.pack(held_out, 33, tokenizer.bos_id, split=False), 9))
+    expected = list(itertools.islice(packing.pack(held_out, 33, tokenizer.bos_id, split=False), 9))
     assert np.array_equal(benchmark.rows("val"), expected[:6])
     assert np.array_equal(benchmark.rows("holdout"), expected[6:])  # the same stream goes on
     assert max(story_numbers(benchmark, "train")) < first
@@ -168,120 +155,10 @@ def test_climbmix(hub):
 
 
 def test_tinystories(hub):
-    write_parquet(hub.folder / prepare.TINYSTORIES_FILE, stories(0, 3000))
+    hub.files[prepare.TINYSTORIES_FILE] = parquet(stories(0, 3000))
     prepare.main(["--dataset", "tinystories", *TINY])
     val, holdout, train = (story_numbers(prepare.load_benchmark(), split) for split in ("val", "holdout", "train"))
     assert max(val) < min(holdout) and max(holdout) < min(train) and max(train) == 2999
-
-
-# Faults: what a server may answer
-
-
-def status(code, **headers):
-    def fault(handler, content):
-        handler.send_response(code)
-        for name, value in {"Content-Length": "0", **headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-
-    return fault
-
-
-def answer(change=bytes, **options):
-    """The file, changed or in part."""
-    return lambda handler, content: handler.answer(change(content), **options)
-
-
-HTML = answer(lambda content: b"<html>Please log in</html>")
-
-
-def wait(handler, content):
-    time.sleep(1.5)
-
-
-def stall(handler, content):
-    handler.answer(content, end=-20_000)
-    wait(handler, content)
-
-
-def reset(handler, content):
-    handler.answer(content, end=-10_000)
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    handler.connection.close()
-
-
-def another_column(handler, content):
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), sink)
-    handler.answer(sink.getvalue().to_pybytes())
-
-
-def etag(content):
-    return f'"{hashlib.sha256(content).hexdigest()}"'
-
-
-def redirect(handler, content):
-    """As Hugging Face does: the hash comes with the redirection."""
-    status(302, Location="/elsewhere/shard_00000.parquet", X_Linked_ETag=etag(content))(handler, content)
-
-
-def flipped(handler, content, **headers):
-    handler.answer(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:], **headers)
-
-
-def flipped_and_tagged(handler, content):
-    flipped(handler, content, X_Linked_ETag=etag(content))
-
-
-RECOVERS = {
-    "server error": [status(500), status(502), status(503)],
-    "429": [status(429, Retry_After="1")],
-    "cut off": [stall, reset, answer(end=-100)],
-    "no ranges": [answer(end=-100), answer(resume=False)],
-    "not parquet": [HTML, answer(lambda content: b"x" * len(content)), answer(lambda content: content + b"x" * 100)],
-    "flipped bit": [flipped_and_tagged, redirect, flipped],
-}
-
-
-@pytest.mark.parametrize("fault", RECOVERS)
-def test_a_download_recovers(hub, fault):
-    hub.faults += RECOVERS[fault]
-    prepare.fetch(prepare.HOME / "downloads" / "climbmix", "climbmix", list(snapshot(hub.folder)))
-    assert snapshot(prepare.HOME / "downloads" / "climbmix") == snapshot(hub.folder)
-    asked = [(moment, part) for name, moment, part in hub.seen if name == "shard_00000.parquet"]
-    assert len(asked) == len(RECOVERS[fault]) + (fault != "no ranges")
-    if fault in ("cut off", "no ranges"):
-        assert all(part for _, part in asked[1:]), "the next request goes on where the last ended"
-    if fault == "429":
-        assert asked[1][0] - asked[0][0] >= 1
-
-
-FAILS = {
-    "HTTP 404": status(404),
-    "HTTP 500": status(500),
-    "not a parquet file": HTML,
-    "column `text`": another_column,
-    "sha256": flipped_and_tagged,
-    "timed out": wait,
-}
-
-
-@pytest.mark.parametrize("message", FAILS)
-def test_a_download_fails_by_name(hub, message):
-    hub.faults += [FAILS[message]] * 9
-    with pytest.raises(SystemExit, match=message) as stop:
-        prepare.main(ONE_SHARD)
-    assert "shard_00000.parquet" in str(stop.value) and len(str(stop.value).splitlines()) == 1
-    assert not (prepare.HOME / "current").exists() and not list(prepare.HOME.glob("climbmix*"))
-    assert not (prepare.HOME / "downloads" / "climbmix" / "shard_00000.parquet").exists()
-
-
-@pytest.mark.parametrize("host", ["http://127.0.0.1:9", "not a URL"])
-def test_an_unreachable_host(home, monkeypatch, host):
-    monkeypatch.setenv("HF_ENDPOINT", host)
-    monkeypatch.setattr(sources, "RETRY_SECONDS", 0.01)
-    with pytest.raises(SystemExit, match="could not download .*shard_.*HF_ENDPOINT"):
-        prepare.main(ONE_SHARD)
 
 
 # --------------------------------------
@@ -326,29 +203,21 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
     monkeypatch.setattr(prepare.torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(prepare.torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_75", "compute_120"])
     monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
-    monkeypatch.setattr(prepare, "find_text", lambda paths: sys.exit())  # or download
+    monkeypatch.setattr(prepare, "LocalText", lambda paths: sys.exit())  # or download
     monkeypatch.setattr(prepare, "fetch", lambda folder, dataset, names: sys.exit())
     with pytest.raises(SystemExit) as stop:
         prepare.main([])
     assert said in f"{capsys.readouterr().out} {stop.value.code}"
 
 
-BROKEN_LINES = ["{", '"text"', '{"words": "x"}', '{"text": 7}', '{"text": null}']
-RECORDS = "".join(json.dumps({"text": story}) + "\n" for story in stories(0, 200))
-
-
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
         ({}, [], "no such file or folder"),
-        ({"a.png": ""}, [], "no .txt"),
+        ({"a.txt": "short", "b.txt": b"\xe9"}, [], "too small: .*; skipped: 1 file that is not UTF-8, .*b.txt"),
         ({"a.txt": "short"}, [], "too small"),
         ({"a.txt": "abc " * 60_000}, ["--vocab-size", "5000"], "supports .* at most"),
         ({"a.txt": "".join(stories(0, 900))}, ["--val-rows", "9000"], "too small"),
-        *(
-            ({"a.jsonl": RECORDS + line}, [], "a.jsonl:201: not a JSON object with a string `t")
-            for line in BROKEN_LINES
-        ),
     ],
 )
 def test_bad_text(home, tmp_path, text, arguments, message):
@@ -425,6 +294,7 @@ def test_a_hostile_benchmark_executes_nothing(own, tmp_path, monkeypatch, weapon
     (folder / "benchmark.json").write_text(json.dumps(record))
     folder.rename((tmp_path if weapon == "current" else prepare.HOME) / record["id"])
     (prepare.HOME / "current").write_text("../" * (weapon == "current") + record["id"])
-    with pytest.raises(SystemExit):
-        prepare.load_benchmark()
+    with pytest.raises((SystemExit, ValueError)):
+        benchmark = prepare.load_benchmark()
+        print(benchmark.rows("val"), benchmark.rows("train"))
     assert not (tmp_path / "exploded").exists()

@@ -11,8 +11,9 @@ import signal
 import pytest
 from conftest import PROGRAM, WEAK, Agent, new_repository, wait_for, weaken
 
-import prepare
 import ledger
+import prepare
+from harness.journal import read_journal
 
 
 class Researcher(Agent):
@@ -118,7 +119,7 @@ def test_a_night(agent):
     assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"]
     assert [row[4] for row in rows[1:]] == ["baseline"] * 3 + ["rates up"] * 2 + [*results, "lost"]
     assert [row[3] for row in rows[1:]] == ["keep"] * 3 + ["discard", "keep", "discard"] + ["crash"] * 4
-    journal = prepare.read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
+    journal = read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
     matched, unlisted = ledger.match_runs(ledger.read_ledger(agent.folder / "results.tsv"), journal)
     assert [matched[number]["seed"] for number in range(6)] == [1, 2, 3, 1, 2, 1] and not unlisted
     for commit, *_ in rows[1:]:

@@ -4,16 +4,18 @@ import itertools
 import math
 import os
 import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Function, score, start, stories, write_parquet
+from conftest import ROOT, TINY, Function, parquet, score, start, stories
 
 import prepare
 from harness import journal
+from harness.journal import map_rows, read_journal
 
 
 class Bigram(torch.nn.Module):
@@ -43,9 +45,10 @@ def clock(benchmark):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40, 100])
-def test_every_row_once_an_epoch_in_another_order(benchmark, batch_size):
-    rows = np.array(benchmark.rows("val"))  # 40
-    loader = prepare.make_dataloader(benchmark, "val", batch_size, "cpu")
+def test_every_row_once_an_epoch_in_another_order(benchmark, batch_size, monkeypatch):
+    monkeypatch.setattr(prepare, "map_rows", lambda path, split: map_rows(path, "val"))  # 40 rows
+    rows = np.array(map_rows(benchmark.path, "val"))
+    loader = prepare.make_dataloader(benchmark, "train", batch_size, "cpu")
     inputs, targets, epochs = zip(*itertools.islice(loader, -(-80 // batch_size)))  # none overwrites an earlier one
     assert all(batch.shape == (batch_size, 64) and batch.dtype == torch.int64 for batch in inputs)
     assert all(batch.is_contiguous() for batch in inputs + targets)  # so that view(-1) works
@@ -68,9 +71,29 @@ def test_same_seed_same_order(benchmark, monkeypatch):
     assert torch.equal(first("1"), first("1")) and not torch.equal(first("1"), first("2"))
 
 
+SPACES = """
+import prepare, torch
+prepare.mend_compiler()
+print(torch.__file__, float(torch.compile(lambda x: x.cumsum(0) + 1)(torch.ones(9))[-1]))
+"""
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs a virtual environment, to link it")
+def test_a_path_with_a_space_compiles(tmp_path, environment):
+    """Of the environment, which is linked to, and of the home: torch has the cache elsewhere then."""
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / ".venv").symlink_to(sys.prefix)
+    python = tmp_path / "a b" / ".venv" / "bin" / "python"
+    environment |= {"AUTORESEARCH_HOME": str(tmp_path / "a b"), "TORCHDYNAMO_DISABLE": "0"}
+    result = subprocess.run([python, "-c", SPACES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout == f"{python.parent.parent}/lib/{result.stdout.split('/lib/')[1]}", result.stderr
+    assert result.stdout.endswith("__init__.py 10.0\n") and not list((tmp_path / "a b").glob("compiled"))
+
+
 def test_refused_splits_and_sizes(benchmark):
-    with pytest.raises(ValueError, match="holdout"):
-        prepare.make_dataloader(benchmark, "holdout", 4, "cpu")
+    for split in ("val", "holdout"):
+        with pytest.raises(ValueError, match=f'no dataloader for "{split}"'):
+            prepare.make_dataloader(benchmark, split, 4, "cpu")
     with pytest.raises(ValueError, match="at least 1"):
         prepare.make_dataloader(benchmark, "train", 0, "cpu")
 
@@ -88,10 +111,10 @@ def test_a_dropped_loader_leaves_no_thread(benchmark):
 
 def test_nothing_is_free_between_start_and_stop(benchmark):
     clock = prepare.TrainingClock(benchmark, "cpu")
-    assert clock.elapsed == clock.progress == 0 and not clock.expired()
+    assert clock.elapsed == clock.progress == 0
     clock.start()
     time.sleep(0.2)
-    assert 0.2 <= clock.elapsed and clock.progress == pytest.approx(clock.elapsed / 3, abs=0.05)
+    assert clock.elapsed >= 0.2 and clock.progress == pytest.approx(clock.elapsed / 3, abs=0.05)
     clock.stop()
     frozen = clock.elapsed
     time.sleep(0.01)
@@ -100,23 +123,73 @@ def test_nothing_is_free_between_start_and_stop(benchmark):
         with pytest.raises(RuntimeError):
             method()
     clock.started -= 3
-    assert clock.expired() and clock.progress == 1
-    clock.lock.release()
+    assert clock.progress == 1
+    clock.release()
 
 
-@pytest.mark.parametrize(
-    ("steps", "percent"), [([], 0), ([2], 0), ([1, 1, 1, 1], 0), ([1, 1, 3, 1, 2], 62.5), ([1, 1.4], 0)]
-)
-def test_slow_steps_are_those_of_more_than_one_and_a_half_medians(clock, steps, percent):
-    clock.ticks = list(itertools.accumulate([9, *steps]))  # the first does not count
+FAST, SLOW = [1.0] * 100, [2.5] * 100
+STEPS = {  # seconds of steps, rows of each, percent of the time that is disturbed
+    "none": ([], 1, 0),
+    "one": ([2], 1, 0),
+    "all alike": ([1, 1, 1, 1], 1, 0),
+    "two of five": ([1, 1, 3, 1, 2], 1, 62.5),
+    "below the limit": ([1, 1.4, 1], 1, 0),
+    "another training beside it": (FAST + SLOW + FAST, 1, 100 * 250 / 450),
+    "a batch ramp": (FAST + SLOW, [4] * 100 + [10] * 100, 0),
+    "longer rows": (FAST + SLOW, 1, 0),
+    "a growing model": (list(np.linspace(1, 4, 200)), 1, 0),
+    "disturbed before a ramp": ([1.0] * 40 + SLOW[:20] + [1.0] * 40 + SLOW, 1, 100 * 50 / 380),
+    "no rows are counted": ([1, 1, 3, 1, 2], 0, 62.5),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_slow_steps_are_those_that_something_else_slows(clock, kind):
+    seconds, rows, percent = STEPS[kind]
+    rows = np.broadcast_to(rows, len(seconds))
+    clock.ticks = list(zip(itertools.accumulate([9, *seconds]), itertools.accumulate([7, *rows]), strict=True))
     assert clock.slow_steps_percent == pytest.approx(percent)
+
+
+def test_a_run_that_hangs_ends_itself(own):
+    """In a forward pass that never comes back, with the traceback of where that was."""
+    code = """
+import prepare, time, torch
+prepare.HANG_SECONDS = 1 - 3
+clock = prepare.TrainingClock(prepare.load_benchmark(), "cpu")
+
+def forward(inputs):
+    time.sleep(100)
+
+clock.start()
+forward(None)
+"""
+    process = start("-c", code)
+    errors = process.communicate(timeout=90)[1]
+    assert process.returncode == 1 and "Timeout" in errors and "in forward" in errors
+    prepare.TrainingClock(own, "cpu").release()  # the device is free
+
+
+def test_a_run_that_was_scored_does_not_end_itself(own):
+    code = """
+import prepare, time, torch
+prepare.HANG_SECONDS = 3 - 3
+benchmark = prepare.load_benchmark()
+clock = prepare.TrainingClock(benchmark, "cpu")
+clock.start()
+clock.stop()
+prepare.evaluate_bpb(torch.nn.Embedding(512, 512), benchmark, 8, clock)
+time.sleep(4)
+print("still here")
+"""
+    process = start("-c", code)
+    output, errors = process.communicate(timeout=90)
+    assert "still here" in output, errors
 
 
 def test_second_training_on_the_device_is_refused(clock):
     """In a process of its own, which takes the lock alone: it need not wait for torch."""
-    second = start(
-        "-c", "import prepare, types; prepare.lock_device(prepare.HOME / 'locks', types.SimpleNamespace(type='cpu'))"
-    )
+    second = start("-c", "import prepare, torch; prepare.DeviceLock(torch.device('cpu'))")
     errors = second.communicate()[1]
     assert second.returncode == 1 and f"pid {os.getpid()}" in errors and "Traceback" not in errors
 
@@ -131,10 +204,10 @@ def test_unfair_runs_are_not_scored(benchmark, fault, words):
     if fault == "late":
         clock.started -= 3.4
         clock.stop()
-    before = prepare.read_journal(benchmark.path)
+    before = read_journal(benchmark.path)
     with pytest.raises(RuntimeError, match=words):
         prepare.evaluate_bpb(Bigram(512), benchmark, 4, clock)
-    assert prepare.read_journal(benchmark.path) == before
+    assert read_journal(benchmark.path) == before
     prepare.TrainingClock(benchmark, "cpu").lock.release()  # the device is free again
 
 
@@ -158,12 +231,12 @@ def brute_force(model, benchmark, split):
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_known_model_against_brute_force(home, tmp_path, batch_size):
     """On stories shorter than a row: where the next one begins is a target without bytes."""
-    write_parquet(tmp_path / "stories.parquet", stories(0, 4000))
+    (tmp_path / "stories.parquet").write_bytes(parquet(stories(0, 4000)))
     prepare.main(["--text", str(tmp_path / "stories.parquet"), *TINY])
     benchmark, model = prepare.load_benchmark(), Bigram(300)
     assert all((benchmark.rows(split)[:, 1:] == 296).any() for split in ("val", "holdout"))
     assert score(benchmark, model, batch_size) == pytest.approx(brute_force(model, benchmark, "val"), rel=2e-6)
-    holdout = prepare.read_journal(benchmark.path)[0]["holdout_bpb"]
+    holdout = read_journal(benchmark.path)[0]["holdout_bpb"]
     assert holdout == pytest.approx(brute_force(model, benchmark, "holdout"), rel=2e-6)
 
 
@@ -204,13 +277,13 @@ def test_journal_and_best(own, capsys):
         clock.stop()
         scores.append(prepare.evaluate_bpb(Bigram(512, spread), own, 8, clock))
         path.write_text(path.read_text() + '{"val_bpb": 1.0, "see' * (spread == 0.1))
-    runs = prepare.read_journal(own.path)
+    runs = read_journal(own.path)
     assert "skipped, the line is incomplete" in capsys.readouterr().out
     assert [run["val_bpb"] for run in runs] == scores and scores[1] == min(scores)
     run = runs[-1]
     assert run["tokens"] == 3 * 4 * 64 and run["untimed_rows"] == 4
     assert run["steps"] == 0 and run["seed"] == 42 and run["benchmark"] == own.id
-    assert run["same_prepare"] and run["prepare_sha256"] == prepare.sha256(ROOT / "prepare.py")
+    assert run["same_harness"] and run["harness_sha256"] == journal.harness_sha256()
     assert 0 <= run["training_seconds"] < run["total_seconds"] and run["peak_memory_mb"] > 1
     assert set(run) >= {"time", "commit", "dirty", "train_sha256", "device"}
     best = torch.load(own.path / "best.pt", weights_only=True)
@@ -223,12 +296,12 @@ def test_origin_names_commit_and_dirt(tmp_path, monkeypatch):
 
     monkeypatch.setattr(journal, "ROOT", tmp_path)
     (tmp_path / "prepare.py").write_text("")
-    assert prepare.find_origin()["commit"] is None and prepare.find_origin()["dirty"] is None  # not a repository
+    assert journal.find_origin()["commit"] is None and journal.find_origin()["dirty"] is None  # not a repository
     git("init", "-q")
     git("add", ".")
     git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first")
     (tmp_path / "untracked").write_text("")
-    origin = prepare.find_origin()
+    origin = journal.find_origin()
     assert origin["commit"] == git("rev-parse", "HEAD") and origin["dirty"] is False
     (tmp_path / "prepare.py").write_text("x")
-    assert prepare.find_origin()["dirty"] is True
+    assert journal.find_origin()["dirty"] is True

@@ -12,9 +12,9 @@ from conftest import HEADER
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ledger
 import prepare
 from harness import journal as harness_journal
-import ledger
 
 
 @given(runs=st.lists(st.tuples(st.sampled_from("abcde"), st.floats(0.5, 2)), max_size=30))
@@ -84,7 +84,7 @@ def night(own, tmp_path, monkeypatch, capsys):
 
         def run(self, score, seed=1, **changes):
             run = {"time": prepare.now(), "commit": self.git("rev-parse", "HEAD"), "dirty": False, "seed": seed}
-            run |= {"same_prepare": True, "val_bpb": score, "peak_memory_mb": 2048.0, **changes}
+            run |= {"same_harness": True, "val_bpb": score, "peak_memory_mb": 2048.0, **changes}
             with open(journal, "a") as file:
                 file.write(json.dumps(run) + "\n")
 
@@ -207,9 +207,9 @@ def test_without_a_ledger(night):
 
 
 def test_warnings(night):
-    night.run(1.0, slow_steps_percent=40.0, training_seconds=3.2, time_budget=3.0, files_read=["/a/best.pt"], gpus=2)
+    night.run(1.0, slow_steps_percent=40.0, training_seconds=3.2, time_budget=3.0, gpus=2)
     prepare.Path("run.log").write_text("COMPILE: torch.compile does not work\nattention: varlen not used (x)\n---\n")
     text = night.status()
-    for words in ("40% of the time in slow steps", "trained for 3.2 s, budget 3 s", "best.pt", "used 2 GPUs"):
+    for words in ("40% of the time in slow steps", "trained for 3.2 s, budget 3 s", "used 2 GPUs"):
         assert words in text
     assert "  warning: run.log: COMPILE: torch" in text and "  warning: run.log: attention: varlen not used" in text

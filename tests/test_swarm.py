@@ -24,6 +24,7 @@ import torch
 from conftest import PROGRAM, SMALL, TEXT, WEAK, Agent, new_repository, shell_blocks, wait_for, weaken
 
 import prepare
+from harness.journal import read_journal
 
 pytestmark = pytest.mark.cluster
 WAVE = ["cluster", "worktree", "try", "submit", "collect", "rows", "keep"]
@@ -63,15 +64,16 @@ def cluster(environment, prepared):
     other = [f"--address=127.0.0.1:{port}", '--resources={"second": 1}']
     environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     nodes = []
-    for words, home, agent in ((head, prepare.HOME, agents[0]), (other, folder / "home", agents[1])):
+    first, second = (head, prepare.HOME, tempfile.gettempdir()), (other, folder / "home", str(folder))
+    for (words, home, locks), agent in zip((first, second), agents):
         command = [sys.executable, "-c", RAY, "start", *words, "--disable-usage-stats", "--block"]
         command += ["--node-ip-address=127.0.0.1", "--num-cpus=1", f"--temp-dir={folder}"]
         command += [f"--dashboard-agent-listen-port={agent}"]
         path = folder / f"node{len(nodes)}.log"
         with open(path, "w") as log:
-            here = environment | {"AUTORESEARCH_HOME": str(home)}
+            here = environment | {"AUTORESEARCH_HOME": str(home), "TMPDIR": locks}
             nodes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
-        wait_for(lambda: "Ray runtime started" in path.read_text() or nodes[-1].poll() is not None, 150)
+        wait_for(lambda path=path: "Ray runtime started" in path.read_text() or nodes[-1].poll() is not None, 150)
         assert nodes[-1].poll() is None, path.read_text()
     yield nodes[1], folder / "home"
     for node in reversed(nodes):
@@ -134,7 +136,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
         f"wave-{tried['base']}-1": "exit 0",
         f"wave-{tried['slip']}-1": "exit 1",
     }, "\n".join(path.read_text()[-500:] for path in agent.folder.glob("wave/*.log"))
-    holder = prepare.lock_device(prepare.HOME / "locks", torch.device("cpu"))  # somebody else trains on the first node
+    holder = prepare.DeviceLock(torch.device("cpu"))  # somebody else trains on the first node
     again = agent.sh("submit", runs="good:1 good:1-2", slot=slot, **with_arguments)
     assert f"{good} not submitted" in again and "already exists" in again  # the same id does not run twice
     wait_for(lambda: jobs()[good + "-2"] == "FAILED")
@@ -165,8 +167,7 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
     expected = {tried[name]: scores["base"] - scores[name] for name in ("base", "good")}
     assert gains == pytest.approx(expected, abs=2e-6)
     recorded = {
-        (run["commit"][:7], f"{run['val_bpb']:.6f}", run["dirty"])
-        for run in prepare.read_journal(prepare.HOME / prepared)
+        (run["commit"][:7], f"{run['val_bpb']:.6f}", run["dirty"]) for run in read_journal(prepare.HOME / prepared)
     }
     assert recorded >= {(tried[name], rows[tried[name]][1], False) for name in ("base", "good")}
 
@@ -206,7 +207,7 @@ def test_gains_of_a_wave(own, tmp_path, environment):
     assert re.findall(r"^wave: +(\w{7}) gains (\S+) in (\d) runs: (.*)", text, re.M) == [
         (kept, "0.000000", "3", "keep"),
         ("eeeeeee", "0.200000", "1", "promising, submit seeds 2 and 3"),
-        ("aaaaaaa", "0.090000", "3", "keep" if 0.09 > floor / 2 else "discard"),
+        ("aaaaaaa", "0.090000", "3", "keep" if floor / 2 < 0.09 else "discard"),
         ("bbbbbbb", "-0.200000", "1", "discard"),
     ]
     assert "my-night-ccccccc-1 ran on A100, not on H100: does not compare" in text

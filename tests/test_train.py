@@ -16,9 +16,10 @@ from conftest import CPU, ROOT, run
 
 import prepare
 import train
+from harness.journal import read_journal
 
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth
-device benchmark seed compiled attention batch slow_steps_percent""".split()
+device benchmark seed compiled attention batch slow_steps_percent""".split()  # noqa: SIM905
 TINY = dict(DEPTH=5, MODEL_DIM=64, HEAD_DIM=32, GATE_CHANNELS=16, NGRAM_ROWS=2**12, COMPILE=False)
 TINY |= dict(POINTER=True, LOGIT_CAP=None)
 
@@ -187,7 +188,7 @@ def test_ngrams_are_of_a_token_and_those_before(small, n):
     ids = torch.randint(4096, (4, 50))
     rows = rows_of(ids)
     moved = rows_of(torch.cat([torch.randint(4096, (4, 9)), ids], dim=1))
-    assert torch.equal(moved[:, 9 + n - 1 :], rows[:, n - 1 :]) and 0 <= rows.min() and rows.max() < train.NGRAM_ROWS
+    assert torch.equal(moved[:, 9 + n - 1 :], rows[:, n - 1 :]) and rows.min() >= 0 and rows.max() < train.NGRAM_ROWS
     assert len(rows.unique()) > 150
     for back in range(4):
         other = ids.clone()
@@ -244,7 +245,7 @@ CHOOSE = f"""{HOPPER}
 for revision in ("v1", "v2"):
     prepare.FLASH3["revision"] = revision
     attention = train.choose_attention(types.SimpleNamespace(type="cuda"), torch.bfloat16, False)
-    print(attention.__name__, prepare.files_read)
+    print(attention.__name__)
 """
 
 
@@ -291,7 +292,7 @@ def test_hub_kernel_is_fetched_once_and_then_taken_without_network(tmp_path):
     server.server_close()
     assert (fetched.returncode, fetched.stdout) == (0, ""), fetched.stdout + fetched.stderr
     taken = run("-c", CHOOSE, **hub)
-    found = "flash3 set()\nattention: flash3 not used (FileNotFoundError: "  # v1, and no v2
+    found = "flash3\nattention: flash3 not used (FileNotFoundError: "  # v1, and no v2
     assert taken.stdout.startswith(found), taken.stdout + taken.stderr
     missed = run("-c", FETCH, **hub | {"HF_HOME": str(tmp_path / "empty")})
     assert missed.stdout.startswith("no FlashAttention-3, train.py will take torch's own attention (")
@@ -636,7 +637,7 @@ def test_a_training_does_not_depend_on_its_rehearsal(benchmark, monkeypatch):
 
 def test_end_to_end(benchmark):
     """The untouched file in a process of its own, without torch.compile to save a minute: every key, in order."""
-    before = prepare.read_journal(benchmark.path)
+    before = read_journal(benchmark.path)
     result = run("train.py", AUTORESEARCH_SEED="3", TORCHDYNAMO_DISABLE="1")
     assert result.returncode == 0, result.stderr
     log, summary = result.stdout.split("\n---\n")
@@ -644,7 +645,7 @@ def test_end_to_end(benchmark):
     values = dict(line.split(": ", 1) for line in summary.splitlines())
     assert list(values) == KEYS and float(values["training_seconds"]) <= 3.3
     assert float(values["total_seconds"]) > float(values["training_seconds"])
-    *others, row = prepare.read_journal(benchmark.path)
+    *others, row = read_journal(benchmark.path)
     assert others == before and row["script"] == "train.py" and row["seed"] == 3
     assert row["train_sha256"] == prepare.sha256(ROOT / "train.py")
     assert 0 < row["val_bpb"] < 6 and row["val_bpb"] == pytest.approx(float(values["val_bpb"]), abs=1e-6)

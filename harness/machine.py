@@ -1,0 +1,195 @@
+"""This machine: devices and their locks, cores, memory, a kernel that only some GPUs have, and what disturbs a run."""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from harness.journal import first_line
+
+# FlashAttention-3 on the kernels hub, and the compute capabilities that it runs on: A100 and H100. On others it calls
+# exit(1), which nothing catches
+FLASH3 = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # with `version` it is not found offline
+FLASH3_CAPABILITIES = ((8, 0), (9, 0))
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+SLOW_STEP = 1.5  # a step that took longer than this many usual ones was disturbed
+BLOCKS = 20  # parts of a run, by steps, whose medians tell what is usual
+
+
+class DeviceLock:
+    """
+    The exclusive lock of a device. It is held until release() or until the process ends, whatever ends it.
+
+    There is one for each device of a machine, not for each home: two trainings would halve each other's speed. So it
+    lies in the system's folder for temporary files (TMPDIR, where that is set), and every user may take it. Raises
+    SystemExit, naming the other process, if the device is taken.
+    """
+
+    def __init__(self, device):
+        name = lock_name(device)
+        folder = Path(tempfile.gettempdir(), "autoresearch-locks")
+        holder = folder / f"{name}.pid"
+        self.lock = FileLock(folder / f"{name}.lock", mode=0o666, thread_local=False)
+        self.pid = os.getpid()
+        try:
+            # The folder is for all users, whatever the umask says
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                folder.chmod(0o777)
+            self.lock.acquire(timeout=0)
+
+            # The system frees the lock when the process ends, but does not tell whose it is: a file beside it does.
+            # That of another user can't be written, but replaced
+            holder.unlink(missing_ok=True)
+            holder.write_text(str(self.pid))
+        except Timeout:
+            pid = holder.read_text() if holder.exists() else "unknown"
+            raise SystemExit(f"another training is running on {device} (pid {pid}): wait for it or end it") from None
+        except OSError as error:
+            self.lock.release()
+            raise SystemExit(f"cannot lock {device}: {error}; make it work, or set TMPDIR to a local folder") from None
+
+    @property
+    def held(self):
+        """Whether this process holds it; a fork of it does not."""
+        return self.lock.is_locked and self.pid == os.getpid()
+
+    def release(self):
+        if self.held:
+            self.lock.release()
+
+
+def lock_name(device):
+    """A name that stands for this device alone on this machine."""
+    if device.type == "cuda":
+        return f"cuda-{torch.cuda.get_device_properties(device).uuid}"
+    return f"{device.type}-{platform.node()}"
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def device_name(device):
+    """The GPU's name, or what kind of processor this is and how many of its cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} x{usable_cores()}"
+
+
+def peak_memory_mb(device):
+    """Most device memory that was allocated at once; on a CPU the most resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def mend_compiler():
+    """
+    Two repairs of how torch 2.11 calls the C++ compiler. Both reach into it, so they may fail with another torch.
+    """
+    from torch._inductor.cpp_builder import BuildOptionsBase
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    # it compiles a trial for every set of instructions, 5 s each; a processor that names a set has it
+    def check_build(isa, code):
+        return True
+
+    # it hands over folders of libraries unquoted: with a space in the path of .venv nothing would compile
+    def get_libraries_dirs(options):
+        return [shlex.quote(folder) for folder in options._libraries_dirs]
+
+    VecISA.check_build = check_build
+    BuildOptionsBase.get_libraries_dirs = get_libraries_dirs
+
+
+def why_no_gpu():
+    """Why torch does not see the NVIDIA GPU of this machine; None if it seems to have none."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    reason = "has no CUDA (pip's default on Windows); pytorch.org names a wheel that has"
+    if torch.version.cuda:
+        reason = (
+            f"finds no GPU: hidden (sandbox, CUDA_VISIBLE_DEVICES) or with a driver before CUDA {torch.version.cuda}"
+        )
+    return f"torch {torch.__version__} {reason}"
+
+
+def refuse_old_gpu():
+    """Raise SystemExit, before anything is downloaded, for a GPU that this torch has no code for."""
+    gpu = torch.cuda.get_device_properties(0)
+    architectures = [int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list() if "sm_" in name]
+    if 10 * gpu.major + gpu.minor < min(architectures, default=0):
+        way_out = "take a wheel that has (see pytorch.org), or the CPU (CUDA_VISIBLE_DEVICES= before every command)"
+        raise SystemExit(f"torch {torch.__version__} has no code for a {gpu.name}: {way_out}")
+
+
+def load_flash3():
+    """FlashAttention-3 from the kernels hub, which prepare.py downloads and train.py takes."""
+    from kernels import get_kernel
+
+    return get_kernel(**FLASH3)
+
+
+def fetch_flash3():
+    """The attention kernel that train.py, which uses no network, takes on the GPUs that have it."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() in FLASH3_CAPABILITIES:
+        try:
+            load_flash3()
+        except Exception as error:  # no network, no build for this torch or system, moved: all the same
+            print(f"no FlashAttention-3, train.py will take torch's own attention ({first_line(error)})")
+
+
+def usable_cores():
+    """Cores that this process may use: those of taskset or Slurm, and no more than the quota of a container."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        cores = os.cpu_count() or 1
+
+    # cgroup v2, as Docker sets it: microseconds of all cores in a period, or "max" where there is no quota
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def slow_share(seconds, rows):
+    """
+    The share of the time in steps that took over SLOW_STEP times the usual seconds per training row.
+
+    What is usual is a matter of the moment: the run is cut into blocks, and of the lowest median up to a step and the
+    lowest one from there on the larger counts. So a growing batch, longer rows or a growing model are no disturbance,
+    which is what comes and goes again. A run that counts no rows, as it reads them in bulk, is judged by its steps.
+    """
+    if not (rows > 0).all():
+        rows = np.ones(len(seconds))
+    pace = seconds / rows
+
+    # the median of each block, the lowest until it and the lowest from it on
+    blocks = np.array_split(pace, max(1, min(BLOCKS, len(pace) // 5)))
+    medians = np.array([np.median(block) for block in blocks])
+    until = np.minimum.accumulate(medians)
+    after = np.minimum.accumulate(medians[::-1])[::-1]
+    usual = np.repeat(np.maximum(until, after), [len(block) for block in blocks])
+    return float(seconds[pace > SLOW_STEP * usual].sum() / seconds.sum())
