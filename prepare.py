@@ -7,7 +7,7 @@ The fixed harness: data, tokenizer, dataloader, training clock and metric. The a
 
 A benchmark is a folder under $AUTORESEARCH_HOME (default ~/.cache/autoresearch): a tokenizer, packed rows of tokens for
 training, validation and a holdout, and benchmark.json with the constants that make two runs comparable. All of it is
-settled when it is prepared: nothing in train.py or in the environment, but for the seed, changes a run on it.
+settled when it is prepared: train.py and the environment can't change these constants. Only the seed is free.
 
 The metric is val_bpb, bits per byte of the validation text, lower is better, whatever the vocabulary.
 
@@ -38,9 +38,24 @@ import numpy as np
 from filelock import FileLock
 
 from harness import journal
+from harness.journal import first_line, git, map_rows, now, open_rows, rows_served, sha256
+
+HOME = journal.find_home()
+
+# torch reads these when it is imported, by us or by harness/. Inductor keeps what it compiles for later runs, but can't
+# compile in a path with a space: it uses its own folder then. It also asks for the user's name, and fails without one
+if " " not in str(HOME):
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "compiled"))
+try:
+    getpass.getuser()
+except (KeyError, OSError):
+    os.environ["USER"] = "nobody"
+
+import torch
+import torch.nn.functional as F
+
 from harness.documents import parquet_batches
 from harness.downloads import fetch
-from harness.journal import first_line, git, map_rows, now, open_rows, rows_served, sha256
 from harness.machine import (
     FLASH3,
     FLASH3_CAPABILITIES,
@@ -60,20 +75,6 @@ from harness.probe import Probe
 from harness.record import benchmark_id, find_record, read_record, write_atomically
 from harness.sources import LocalText
 from harness.tokenizer import Tokenizer, encode_batches
-
-HOME = journal.find_home()
-
-# torch reads these when it is imported. What it compiles is kept for later runs, or in its own folder where the path
-# has a space, which it can't hand to a compiler. And it asks for the user's name, which a container's may not have
-if " " not in str(HOME):
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "compiled"))
-try:
-    getpass.getuser()
-except (KeyError, OSError):
-    os.environ["USER"] = "nobody"
-
-import torch
-import torch.nn.functional as F
 
 # What train.py takes from here; some of it lives in harness/
 __all__ = ["load_benchmark", "TrainingClock", "make_dataloader", "evaluate_bpb", "scoring_rows", "Tokenizer"]
@@ -102,7 +103,7 @@ PRESETS = {
 VALIDATION_SHARD = 6542  # climbmix: the last shard, never trained on
 DEFAULT_SHARDS = 10  # climbmix: of training text
 TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
-LARGE_GPU = 16 << 30  # bytes of memory; what has no more is mostly too slow to score climbmix
+LARGE_GPU = 16 << 30  # bytes of memory; GPUs with no more are usually too slow to score climbmix
 TOO_SMALL = "text too small: add more, or lower --val-rows and --holdout-rows, which leave nothing to train on"
 
 LATE_LIMIT = 1.1  # a run that trained for more than this multiple of its budget is not scored
@@ -141,7 +142,7 @@ class Benchmark:
 
 def load_benchmark():
     """
-    The benchmark that prepare.py built or chose last. Its seed is 42, or $AUTORESEARCH_SEED to repeat the same file.
+    The benchmark that prepare.py built or chose last. Its seed is 42, or $AUTORESEARCH_SEED if that is set.
 
     Raises SystemExit, with a line that says how to fix it, if there is none or if a file is missing or modified. Of the
     training rows only the size is checked; `uv run prepare.py` with the same arguments checks, and fixes, every byte.
@@ -178,7 +179,7 @@ class TooSmall(Exception):
 
 def build_climbmix(settings, num_shards):
     """
-    A pinned validation shard: the order is [val, holdout] in one stream of rows from it, and train from the others.
+    One shard is the validation text: the order is [val, holdout] in one stream of its rows, and train from the others.
 
     Returns (tokenizer, val rows, holdout rows, training rows), the last one an iterator.
     """
@@ -198,16 +199,16 @@ def read_shards(files):
 
 def build_split(settings, read):
     """
-    Text that is split by size: the order is [val, holdout, train], so that nothing that is scored moves when the text
-    grows at its end. `read()` begins to read it anew. Returns what build_climbmix does.
+    Text that is split by size, in the order [val, holdout, train]. `read()` begins to read it anew. Returns what
+    build_climbmix does.
     """
     row_length = settings["max_seq_len"] + 1
 
     def text(start, end=None):
         return itertools.islice(read(), start, end)
 
-    # How many batches fill the scored rows depends on the tokenizer, which is trained on what follows them: begin with
-    # a guess, and double it until it is enough
+    # The tokenizer is trained on the rest of the text, so how many characters fill a row is not known before: guess,
+    # then double the guess until all scored rows are full
     characters_per_token = 5
     while True:
         characters = row_length * characters_per_token
@@ -256,7 +257,7 @@ def write_benchmark(folder, settings, tokenizer, val, holdout, train):
     wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"], "train": 1}
     if any(written[split] < wanted[split] for split in wanted):
         raise TooSmall
-    # how long is a token of scored text? Bits per byte and loss differ by that factor
+    # how long is a token of scored text? A loss in nats is so many times ln 2 as large as bits per byte
     bytes_per_token = float(token_bytes[np.concatenate(val)].mean())
     return {"train_rows": written["train"], "bytes_per_token": round(bytes_per_token, 3)}
 
@@ -438,8 +439,13 @@ class TrainingClock:
         if self.stopped is None:
             raise RuntimeError("not scored: the training clock is still running; stop() it first")
         if not self.lock.held:
-            raise RuntimeError("not scored: this run was scored before, or in another process; one run, one score")
-        self.training_seconds = time.monotonic() - self.started  # what was done between stop() and here counts too
+            raise RuntimeError(
+                "not scored: this run was scored or refused before, or in another process; one run, one score"
+            )
+
+        # What was done between stop() and here counts, too
+        synchronize(self.device)
+        self.training_seconds = time.monotonic() - self.started
         if self.training_seconds > LATE_LIMIT * self.benchmark.time_budget:
             raise RuntimeError(
                 f"not scored: trained for {self.training_seconds:.1f} s of a budget of {self.benchmark.time_budget:g} "
@@ -467,7 +473,7 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
     `batch_size` is only a matter of speed. Raises RuntimeError if the run was not timed or too long, if the model sees
     the future or other rows, is random, or remembers what it was scored on; ValueError if it is no module or its logits
     have another shape or are not finite; SystemExit if the benchmark is damaged or the journal can't be written. Frees
-    the device in any case.
+    the device in any case. What is only flagged, for the morning after, is in journal.flags.
     """
     try:
         if not isinstance(model, torch.nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.journal import first_line
 
 DOCUMENT_BATCH = 128  # documents that enter the packer's buffer together
-BLOCK_CHARACTERS = 65_536  # a block of text has as many, and the rest of its line if that has no more
+BLOCK_CHARACTERS = 65_536  # of a block of text, at least; it goes on to the end of its line, up to twice as many
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # suffix: pyarrow's name of it
 REASONS = {  # why something was left out, in words for one and for many
     "unlisted": ("folder that cannot be read", "folders that cannot be read"),

@@ -99,13 +99,14 @@ def download_all(dataset, files, token):
 
 def work(jobs, results, token, stop):
     """What a thread does: download one file after the other; a result is a path or an exception."""
-    session = new_session(token)
+    session = None
     while not stop.is_set():
         try:
             url, path = jobs.get_nowait()
         except queue.Empty:
             return
         try:
+            session = session or new_session(token)
             download(session, url, path, stop)
             results.put(path)
         except Exception as error:  # the main thread decides what becomes of it

@@ -147,7 +147,7 @@ def refuse_unwritable(folder):
 def record_run(folder, run, model):
     """
     Append a scored run to the journal of a benchmark's folder, and keep its weights as best.pt when no run before was
-    better. Runs of another harness are not compared. Raises SystemExit, with the score, if the line can't be written.
+    better. Runs of another harness are not compared with it. Raises SystemExit, with the score, if it can't write.
     """
     try:
         append_run(folder, run, model)
@@ -159,7 +159,8 @@ def append_run(folder, run, model):
     path = folder / "journal.jsonl"
     with FileLock(path.with_suffix(".lock")):  # runs on other devices may finish at the same moment
         # the best so far, before this one is in the file
-        scores = [other["val_bpb"] for other in read_journal(folder) if other["same_harness"]]
+        runs = read_journal(folder)
+        scores = [other["val_bpb"] for other in runs if other.get("harness_sha256") == run["harness_sha256"]]
         line = json.dumps(run) + "\n"
         if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
             line = "\n" + line  # the last one was torn, by a full disk
@@ -174,7 +175,7 @@ def save_best(path, run, model):
     import torch
 
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-    device = next(iter(weights.values())).device.type if weights else "cpu"
+    device = next((weight.device.type for weight in model.parameters()), "cpu")
     best = {"commit": run["commit"], "val_bpb": run["val_bpb"], "device": device, "model": weights}
     temporary = path.with_suffix(".tmp")
     try:
@@ -205,7 +206,7 @@ def read_journal(folder):
 
 
 # --------------------------------------
-# What asks for a second look. It finds accidents and eager agents; somebody who wants to cheat is not stopped by it
+# Flags: they catch accidents and eager agents, not somebody who wants to cheat
 
 
 def flags(run):
@@ -214,7 +215,7 @@ def flags(run):
     if run.get("same_harness") is False:
         found.append("the harness was not the one that prepared the benchmark")
     if run.get("dirty") is not False:
-        found.append("uncommitted changes, or .py files that git does not know")
+        found.append("uncommitted changes, .py files that git does not know, or no git at all")
     if run.get("seed") not in NAMED_SEEDS:
         found.append(f"seed {run.get('seed')}, which program.md does not name")
     if run.get("scored_rows_read"):

@@ -49,7 +49,8 @@ class DeviceLock:
             self.lock.acquire(timeout=0)
 
             # The system frees the lock when the process ends, but does not tell whose it is: a file beside it does.
-            # That of another user can't be written, but replaced
+            # We can replace
+            # another user's file, though not write to it
             holder.unlink(missing_ok=True)
             holder.write_text(str(self.pid))
         except Timeout:
@@ -109,11 +110,11 @@ def mend_compiler():
     from torch._inductor.cpp_builder import BuildOptionsBase
     from torch._inductor.cpu_vec_isa import VecISA
 
-    # it compiles a trial for every set of instructions, 5 s each; a processor that names a set has it
+    # it compiles a trial program for every instruction set, 5 s each; what the processor lists, it has
     def check_build(isa, code):
         return True
 
-    # it hands over folders of libraries unquoted: with a space in the path of .venv nothing would compile
+    # it does not quote the folders of libraries: with a space in the path of .venv nothing would compile
     def get_libraries_dirs(options):
         return [shlex.quote(folder) for folder in options._libraries_dirs]
 
@@ -178,9 +179,9 @@ def slow_share(seconds, rows):
     """
     The share of the time in steps that took over SLOW_STEP times the usual seconds per training row.
 
-    What is usual is a matter of the moment: the run is cut into blocks, and of the lowest median up to a step and the
-    lowest one from there on the larger counts. So a growing batch, longer rows or a growing model are no disturbance,
-    which is what comes and goes again. A run that counts no rows, as it reads them in bulk, is judged by its steps.
+    The run is cut into blocks. The usual pace of a step is the larger of two minima of block medians: up to its own
+    block, and from its own block on. So a slowdown that stays (a batch ramp, longer rows, a growing model) raises the
+    usual pace, and one that passes is flagged. A run that reads rows in bulk is judged by seconds per step.
     """
     if not (rows > 0).all():
         rows = np.ones(len(seconds))

@@ -65,8 +65,8 @@ def pack(batches, row_length, bos, split):
 
     A document is BOS and its tokens. The longest document of the buffer that fits the space left goes next; when none
     fits, the shortest is cropped to fill the row. With `split`, documents longer than a row come in row-sized pieces,
-    and the rest of a cropped one becomes a piece of its own (BOS first), so that no text is lost but that of the last,
-    incomplete row. Without, the rest is thrown away.
+    and the rest of a cropped one becomes a piece of its own (BOS first): only the last, incomplete row is lost. Without
+    `split`, the rest of a cropped document is lost, too.
 
     `batches` yields lists of token arrays without BOS. A list enters the buffer whole, before a document is placed,
     whenever the buffer holds fewer than PACKING_BUFFER documents.

@@ -1,22 +1,28 @@
 """
 The probe: a logit may depend on its own token and on earlier ones of its row, and on nothing else.
 
-Every cut of a row is tried once: the tokens behind it are replaced, and no logit before it may move. Cuts that are
-sampled would miss a leak at a fixed place nine times out of ten in rows of 2,048 tokens.
+Every cut, 1 .. T - 1, is tried in one of the rows: the tokens behind it are replaced, and no logit before it may move.
+Sampled cuts would miss a leak at a fixed place nine times out of ten in rows of 2,048 tokens.
 
-Rounding moves logits, too: in a mixture of experts, say, other tokens change the order of sums. How far is seen when
-nothing changes, and when only other rows do. A suspect is tried again: a leak moves it every time, chance does not.
+Rounding moves logits, too: in a mixture of experts, say, other tokens change the order of sums. The probe measures this
+noise by repeating the input, and by changing only other rows. It tries a suspect again: a leak moves it every time,
+chance does not.
 """
 
 import numpy as np
 import torch
 
-REPEATS = 4  # times that a suspect is tried again
-ROUNDING = 1e-4  # logits may move by this share of their standard deviation ...
-MARGIN = 3  # ... and by so many times what was seen without a new future
-MOVED = 0.05  # more than this share without a new future is no rounding ...
-MOVED_POSITIONS = 0.01  # ... if it happens at more than this share of the positions
-LOWEST = -50.0  # what is less likely than exp of this is cut off: a mask of -1e9 would hide all the rest
+# All movements are in standard deviations of the logits of their row.
+# The model sees the future where a new one moves logits by more than ROUNDING + MARGIN x noise, REPEATS times again.
+REPEATS = 4
+ROUNDING = 1e-4
+MARGIN = 3
+
+# It sees other rows, or is random, if the noise is over NOISE_LIMIT at more than NOISY_POSITIONS of the positions
+NOISE_LIMIT = 0.05
+NOISY_POSITIONS = 0.01
+
+LOWEST = -50.0  # of logits below the largest: a mask of -1e9 would inflate the deviation, and hide a leak
 
 
 class Probe:
@@ -74,7 +80,7 @@ class Probe:
     def measure_noise(self):
         """What moves when nothing changes, and in one half of the rows when only the other half does."""
         self.noise = self.movement(self.ids)
-        if (self.noise > MOVED).float().mean() > MOVED_POSITIONS:
+        if (self.noise > NOISE_LIMIT).float().mean() > NOISY_POSITIONS:
             raise RuntimeError(
                 "the model gives two answers to the same input: is dropout on, or does it draw at random?"
             )
@@ -90,15 +96,15 @@ class Probe:
         """Add to the noise how far the chosen rows [B, 1] move when only the others change."""
         movement = self.movement(torch.where(chosen, self.ids, others))
         self.noise = torch.maximum(self.noise, movement.where(chosen, 0))
-        moved = (self.noise > MOVED).nonzero()
-        if len(moved) > MOVED_POSITIONS * self.noise.numel():
+        moved = (self.noise > NOISE_LIMIT).nonzero()
+        if len(moved) > NOISY_POSITIONS * self.noise.numel():
             raise RuntimeError(
                 f"the model sees other rows: logits at position {int(moved[0, 1])} changed when only other rows of the "
                 "batch changed; or it takes a scale over the whole batch (dynamic fp8): take it per row"
             )
 
     def confirm(self, kept, future, leaks):
-        """Try suspects again, with their future, among rows that are new each time. Returns if none is left."""
+        """Try suspects again with the same future, among other rows each time. Returns if none is left."""
         for _ in range(REPEATS):
             # how far do they move without a new future, among these others?
             suspects = self.choose(leaks.any(dim=1))

@@ -16,12 +16,12 @@ def read_record(path, every_byte=False):
     try:
         record = json.loads((path / "benchmark.json").read_text())
         damaged = find_damage(path, record, every_byte)
-    except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or other JSON
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # no JSON, or other JSON
         damaged = "benchmark.json"
     if damaged is None:
         return record
 
-    # the arguments that built it build it again
+    # to prepare it again with the same arguments mends it
     command = "uv run prepare.py"
     if isinstance(record, dict) and record.get("arguments"):
         command += f" {record['arguments']}"

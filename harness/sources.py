@@ -196,11 +196,13 @@ class LocalText:
                         yield duplicates.drop([block])
                 else:
                     group += duplicates.drop([read_text(path, skipped)])
-            yield group
+            if group:
+                yield group
 
     def signature(self):
-        """How all files looked when they were found: a list of (absolute path, size in bytes, mtime in ns)."""
-        return [(str(path.absolute()), *state) for path, state in self._states.items()]
+        """How all files looked when they were found: a list of (group, absolute path, size in bytes, mtime in ns)."""
+        files = [(group, path) for group, paths in self.groups.items() for path in paths]
+        return [(group, str(path.absolute()), *self._states[path]) for group, path in files]
 
     def refuse_changes(self):
         """

@@ -317,7 +317,7 @@ def test_a_second_score_of_the_same_run(benchmark):
     other = copy.copy(clock)
     prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
     for again in (clock, other):
-        with pytest.raises(RuntimeError, match="scored before"):
+        with pytest.raises(RuntimeError, match="scored or refused before"):
             prepare.evaluate_bpb(uniform(), benchmark, 8, again)
 
 
@@ -391,7 +391,7 @@ def test_an_honest_run_and_one_that_tries_everything(prepared, environment, tmp_
     (agent.folder / "helper.py").write_text("")
     own_harness, dirty, scored, untimed, late = flags()
     assert own_harness == "the harness was not the one that prepared the benchmark"
-    assert dirty == "uncommitted changes, or .py files that git does not know"
+    assert dirty == "uncommitted changes, .py files that git does not know, or no git at all"
     assert scored == "read scored rows (validation or holdout): 20"
     rows = len(prepare.load_benchmark().rows("train"))
     assert untimed == f"read {rows} training rows outside of the timed part"

@@ -49,9 +49,15 @@ def test_to_import_prepare_does_nothing(tmp_path):
 import os, sys, threading
 sys.addaudithook = None
 del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+
+sys.meta_path.insert(0, Finder)
 import prepare, torch
 assert threading.active_count() == 1 and not torch.cuda.is_initialized()
-print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 """
     result = run("-c", code, AUTORESEARCH_HOME=str(tmp_path / "home"))
     assert result.stdout == f"{tmp_path}/home/compiled\n", result.stderr

@@ -139,7 +139,7 @@ def test_the_audit_finds_what_does_not_agree(cells, capsys):
     found = cells(NIGHT + "eeeeeee\t0.987000\t1.0\tkeep\tonce more\n" + bug, journal)
     assert found["findings"] == [
         (1, "aaaaaaa", "the harness was not the one that prepared the benchmark"),
-        (2, "aaaaaaa", "uncommitted changes, or .py files that git does not know"),
+        (2, "aaaaaaa", "uncommitted changes, .py files that git does not know, or no git at all"),
         (3, "bbbbbbb", "the ledger says 0.990000, its run scored 0.991000"),
         (4, "ccccccc", "no run of this commit in the journal of this machine"),
         (6, "eeeeeee", "seed 7, which program.md does not name"),

@@ -216,7 +216,7 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
         ({}, [], "no such file or folder"),
         ({"a.txt": "short", "b.txt": b"\xe9"}, [], "too small: .*; skipped: 1 file that is not UTF-8, .*b.txt"),
         ({"a.txt": "short"}, [], "too small"),
-        ({"a.txt": "abc " * 60_000}, ["--vocab-size", "5000"], "supports .* at most"),
+        ({"a.txt": "".join(stories(0, 4000))}, ["--vocab-size", "60000"], "supports .* at most"),
         ({"a.txt": "".join(stories(0, 900))}, ["--val-rows", "9000"], "too small"),
     ],
 )

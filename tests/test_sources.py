@@ -235,20 +235,20 @@ def test_a_batch_is_a_group_without_duplicates(tmp_path):
 def test_few_files_are_cut_into_blocks(tmp_path):
     book = "".join(stories(0, 9000))
     batches = list(LocalText([write_files(tmp_path, {"book.txt": book})]).batches())
-    assert batches == [*([block] for block in cut(book)), []]
+    assert batches == [[block] for block in cut(book)]
 
 
 def test_records_stand_alone(tmp_path):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in stories(0, 300))
     files = {"a/lines.jsonl": lines, "a/table.parquet": parquet(stories(300, 300), row_group_size=100)}
     batches = list(LocalText([write_files(tmp_path, files | PLENTY)]).batches())
-    assert sorted(len(batch) for batch in batches) == [0, *[1] * len(PLENTY), 44, 100, 100, 100, 128, 128]
+    assert sorted(len(batch) for batch in batches) == [*[1] * len(PLENTY), 44, 100, 100, 100, 128, 128]
 
 
 def test_the_default_text():
     """Python's own source, without tests; the same at each pass."""
     text = LocalText([])
-    names = [Path(name) for name, _, _ in text.signature()]
+    names = [Path(name) for _, name, _, _ in text.signature()]
     assert {name.suffix for name in names} == {".py"}
     assert not any({"test", "tests"} & set(name.parts) for name in names)
     assert {"torch/nn", "sympy/core", "numpy/linalg", "networkx/algorithms", "asyncio"} <= set(text.groups)
@@ -282,6 +282,12 @@ def test_links_to_folders_are_followed_once(tmp_path):
     found = {group: sorted(path.name for path in paths) for group, paths in text.groups.items()}
     assert found == {"z": ["a.txt"], "l": ["b.txt", "c.txt", "d.txt"]}
     assert len(text.signature()) == 4
+
+
+def test_other_groups_of_the_same_files_are_another_text(tmp_path):
+    """A benchmark of the one must not be taken for one of the other: its split is another."""
+    write_files(tmp_path, {"x/1/a.txt": "a", "y/1/b.txt": "b"})
+    assert LocalText([tmp_path]).signature() != LocalText([tmp_path / "x", tmp_path / "y"]).signature()
 
 
 PATHS = {  # paths: words of the line that refuses them
