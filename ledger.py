@@ -1,191 +1,338 @@
-"""The night: results.tsv, what it is worth, and what comes next. The rules are those of program.md."""
+"""
+The books of a night: results.tsv, what it is worth, and what comes next.
 
-import csv
+    uv run ledger.py start <tag> --until 07:00    # checks all that would end the night, and makes the branch
+    uv run ledger.py                              # where the night stands, and the next command
+    uv run ledger.py add '<description>'          # after a run: writes its row
+    uv run ledger.py open                         # exit 0 while the night goes on: for the loop around the agent
+
+All state is in git (branch autoresearch/<tag>), results.tsv, night.json and the harness's journal. It runs beside a
+training, in half a second.
+
+Sections: Status, Add, Start, Open, Command line. In night/: rows.py reads and writes results.tsv, load.py all the rest,
+worth.py says what runs are worth, rules.py what comes next, checks.py what would end a night.
+"""
+
+import argparse
 import itertools
+import json
 import math
+import os
 import re
 import statistics
+import sys
 import time
-from datetime import datetime, timezone
-from pathlib import Path
+from datetime import datetime, timedelta
 
-from harness.journal import SLOW_FLAG, flags, git, read_journal
+from harness.journal import ROOT, first_line, flags, git, now
+from night import checks
+from night.load import as_cells, fallbacks, in_utc, load_night, row_of
+from night.rows import STATUSES, Row, append_rows
+from night.rules import OVER, crashed_seed, has_crashed, next_step
+from night.worth import (
+    KEEP,
+    PROMISING,
+    TRIES,
+    disturbed_tries,
+    gain,
+    kept_commits,
+    new_runs,
+    noise_floor,
+    pair,
+    scores_of,
+    verdict,
+)
 
-LEDGER = ("commit", "val_bpb", "memory_gb", "status", "description")
-CRASH = "0.000000\t0.0\tcrash"  # these columns of a run without a score
-PROMISING = 1 / 4  # of the noise floor: what a first run must gain to be repeated ...
-KEEP = 1 / 2  # ... and what the runs after it must gain
-SEEDS = (1, 2, 3, 4, 5)  # that program.md names, three for the baseline
-SLOW_RUN = 0.5  # of the most steps that a run of the same commit has made
+LAST_ROWS = 10  # that the status shows
+FIRST_WAIT, LONGEST_WAIT = 30, 15 * 60  # seconds that `open` waits when nothing was added since it was last asked
 
-
-def read_ledger(path="results.tsv"):
-    """
-    One dict a run, a crash without val_bpb (NaN). Takes ledgers of other tools, too: missing columns, commas instead of
-    tabs, decimal commas, any case.
-    """
-    text = Path(path).read_text(errors="replace") if Path(path).exists() else ""
-    header, *lines = [line for line in text.splitlines() if line.strip()] or [""]
-    tabs = header.count("\t")
-    split = (lambda line: line.split("\t", tabs)) if tabs else (lambda line: next(csv.reader([line])))
-    names = [name.strip().lower() for name in split(header)] if header else []
-    rows = []
-    for line in lines:
-        row = dict.fromkeys(LEDGER, "") | dict(zip(names, map(str.strip, split(line)), strict=False))
-        row["status"] = row["status"].lower()
-        for name in ("val_bpb", "memory_gb"):
-            number = row[name].replace(",", ".")
-            number = float(number) if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number) else 0.0
-            row[name] = number if 0 < number < math.inf else math.nan
-        row["val_bpb"] = math.nan if row["status"] == "crash" else row["val_bpb"]
-        rows.append({name: row[name] for name in LEDGER})
-    return rows
+# --------------------------------------
+# Status
 
 
-def scores_of(ledger):
-    """The scores of every commit, in order: {commit: [val_bpb]}."""
-    scores = {}
-    for row in ledger:
-        if row["commit"] and not math.isnan(row["val_bpb"]):
-            scores.setdefault(row["commit"], []).append(row["val_bpb"])
-    return scores
+def print_status(folder):
+    night, record, problems = load_night(folder)
+    scores = scores_of(night.rows, new_runs(night)[0])
+    kept = kept_commits(night)
+    best = kept[-1]
+
+    # what is judged does not move the floor that it is judged by
+    floor = noise_floor(scores, without=None if night.head == best else night.head)
+    print(f"night:       {night.tag}, until {night.until}, {len(night.rows)} rows")
+    print(f"benchmark:   {record['id']}, {record['settings']['time_budget']:g} s a run")
+    if math.isnan(floor):
+        print("noise floor: unknown, no commit ran twice")
+    else:
+        limits = f"promising from {PROMISING * floor:+.6f}, keep from {KEEP * floor:+.6f}"
+        print(f"noise floor: {floor:.6f}, pooled over all commits but the one that is judged; {limits}")
+
+    # the kept commits in order, each no worse than those before
+    means = [statistics.fmean(scores[commit]) for commit in kept if commit in scores]
+    if len(means) > 1:
+        print(f"best so far: {sparkline(list(itertools.accumulate(means, min)))} {means[0]:.4f} to {min(means):.4f}")
+    if best in scores:
+        print(f"to beat:     {statistics.fmean(scores[best]):.6f}, {best}")
+    print_commit(folder, night, best, scores)
+    for row in night.rows[-LAST_ROWS:]:
+        print(f"  {row.commit} {row.val_bpb:.6f} {row.status:<7} {row.description:.100}")
+    for problem in problems:
+        print(f"warning: {problem}")
+    print_next(night)
 
 
-def noise_floor(scores):
-    """Twice the standard deviation between runs of one commit, pooled over all commits; NaN if none ran twice."""
-    repeats = sum(len(runs) - 1 for runs in scores.values())
-    squares = sum((score - statistics.fmean(runs)) ** 2 for runs in scores.values() for score in runs)
-    return 2 * math.sqrt(squares / repeats) if repeats else math.nan
+def print_commit(folder, night, best, scores):
+    """The runs of HEAD, their gains over the last keep, and what asks for a look."""
+    place = night.branch or "a detached HEAD"
+    print(f"this commit: {night.head} on {place}")
+    pairs, _ = pair(night.rows, night.runs)
+    counted, _ = new_runs(night)
+    for run in night.runs:
+        if run["commit"][:7] != night.head:
+            continue
+        words = f"{run['val_bpb']:.6f} seed {run['seed']}, {run.get('steps', 0):,} steps"
+        if night.head != best and best in scores:
+            words += f", gain {statistics.fmean(scores[best]) - run['val_bpb']:+.6f}"
+        if run in counted:
+            words += ", no row yet"
+        elif run not in pairs.values():
+            words += ", does not count"
+        print(f"  {words}")
+        for warning in flags(run):
+            print(f"  warning: {warning}")
+    for line in fallbacks(folder / "run.log"):
+        print(f"  warning: run.log: {line}")
 
 
-def worth(commit, scores):
-    """The mean of a commit's runs."""
-    return statistics.fmean(scores[commit])
-
-
-def gain(commit, best, scores):
-    """How far below the best a commit is, by the runs that decide: not the first, which selected it, if it has more."""
-    runs = scores[commit]
-    return worth(best, scores) - statistics.fmean(runs[1:] if len(runs) > 1 and commit != best else runs)
-
-
-def verdict(commit, best, scores):
-    """What the runs of a commit say about it, against those of the last keep: keep, discard or repeat."""
-    gained, floor = gain(commit, best, scores), noise_floor(scores)
-    floor = 0.0 if math.isnan(floor) else floor
-    if len(scores[commit]) == 1:
-        return "repeat" if gained > PROMISING * floor else "discard"
-    return "keep" if gained > KEEP * floor else "discard"
-
-
-def match_runs(ledger, journal, since=""):
-    """
-    Which runs of the journal have a row, {number of the row: run}, and which have none: those after the first match, or
-    else after `since`. (An earlier night may have begun at the same commit.)
-    """
-    matched, rest = {}, sorted(journal, key=lambda run: run["time"])
-    for number, row in enumerate(ledger):
-        for run in rest:
-            same = row["commit"] and str(run["commit"]).startswith(row["commit"])
-            if same and abs(run["val_bpb"] - row["val_bpb"]) < 1e-6:
-                matched[number] = run
-                rest = [other for other in rest if other is not run]
-                break
-    since = min((run["time"] for run in matched.values()), default=since)
-    return matched, [run for run in rest if run["time"] >= since]
-
-
-def fallbacks(path="run.log"):
-    """The lines of a log in which train.py says what did not work or does not train."""
-    log = Path(path).read_text(errors="replace") if Path(path).exists() else ""
-    said = r"^(?:CPU|COMPILE|DEVICE_BATCH_SIZE): .*|^attention: \w+ not used.*|^\S+ has no gradient.*"
-    return re.findall(said, log, re.M)
+def print_next(night):
+    step = next_step(night)
+    print(f"why:  {step.reason}")
+    print(f"next: {step.command}")
 
 
 def sparkline(values, width=60):
-    """Values as one line of block characters, at most `width` of them."""
+    """Values as one line of block characters, at most `width` of them; nothing where they can't be printed."""
     width = min(width, len(values))
     values = [values[len(values) * (part + 1) // width - 1] for part in range(width)]
-    low, span = min(values), max(values) - min(values)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span) if span else 0] for value in values)
+    low = min(values)
+    span = max(values) - low or 1
+    blocks = "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in values)
+    try:
+        blocks.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return ""
+    return blocks
 
 
-def print_status(benchmark):
-    """Where the night stands, from results.tsv in this folder, the journal and git, and what program.md says next."""
-    from swarm import hub, wave  # which import this
+# --------------------------------------
+# Add
 
-    ledger, path = read_ledger(), Path("results.tsv")
-    created = datetime.fromtimestamp(path.stat().st_mtime if path.exists() else time.time(), timezone.utc)
-    journal = read_journal(benchmark.path)
-    matched, unlisted = match_runs(ledger, journal, created.isoformat(timespec="seconds"))
-    head = (git("rev-parse", "HEAD") or "no git")[:7]
-    rows = [row for row in ledger if row["commit"] == head]
-    new = [run for run in unlisted if str(run["commit"]).startswith(head) and not run.get("dirty")]
-    listed = [id(run) for number, run in matched.items() if ledger[number]["commit"] == head]
-    runs = [run for run in journal if run in new or id(run) in listed]
-    most = max((run.get("steps", 0) for run in runs), default=0)
-    slow = [run for run in new if run.get("slow_steps_percent", 0) > SLOW_FLAG or run.get("steps", 0) < SLOW_RUN * most]
-    counted = [run for run in new if run not in slow]
-    scores = scores_of([*ledger, *({"commit": head, "val_bpb": run["val_bpb"]} for run in counted)])
-    keeps = [row["commit"] if row["status"] == "keep" and row["commit"] in scores else None for row in ledger]
-    kept = list(dict.fromkeys(filter(None, keeps)))
-    best, floor = kept[-1] if kept else head, noise_floor(scores)
 
-    print(f"benchmark:   {benchmark.id}, {benchmark.time_budget:g} s a run, {len(ledger)} rows")
-    limits = f"; promising from {PROMISING * floor:.6f}, keep from {KEEP * floor:.6f}"
-    print(f"noise floor: {floor:.6f}{limits}" if floor > 0 else "noise floor: unknown, no commit ran twice")
-    if len(kept) > 1:
-        low = itertools.accumulate((worth(commit, scores) if commit else math.inf for commit in keeps), min)
-        low = [score for score in low if score < math.inf]
-        print(f"best so far: {sparkline(low)} {low[0]:.4f} to {low[-1]:.4f}")
-    if kept:
-        print(f"to beat:     {worth(best, scores):.6f}, {best}")
-    for run in (run for number, run in matched.items() if ledger[number]["commit"] == best != head):
-        print(f"  {run['val_bpb']:.6f} seed {run['seed']}, {run.get('steps', 0):,} steps")
-    branch = git("branch", "--show-current") or "no branch"
-    print(f"this commit: {head} on {branch}" + ", the one to beat" * (head == best))
-    for run in runs:
-        gained = f", gain {worth(best, scores) - run['val_bpb']:.6f}" if head not in kept and kept else ""
-        state = ", does not count" if run in slow else ", no row yet" if run in new else ""
-        print(f"  {run['val_bpb']:.6f} seed {run['seed']}, {run.get('steps', 0):,} steps{gained}{state}")
-        for words in flags(run):
-            print(f"  warning: {words}")
-    for line in fallbacks():
-        print(f"  warning: run.log: {line}")
-    wave.print_wave(benchmark, ledger, kept or [head])
-    hub.print_hub(benchmark, ledger)
-    for row in ledger[-10:]:
-        print(f"  {row['commit']} {row['val_bpb']:.6f} {row['status']:<7} {row['description']:.100}")
+def add(folder, description, forced=None):
+    """Write the rows of HEAD's runs that have none, and of its crash. Raises SystemExit if nothing is to write."""
+    night, _, problems = load_night(folder)
+    refuse_unclear(night)
+    counted, _ = new_runs(night)
+    scores = scores_of(night.rows, counted)
+    if forced == "keep" and night.head not in kept_commits(night):
+        refuse_worse(night, scores)
+    status = forced or status_of(night, scores)
+    rows = [row_of(run, status, description) for run in counted]
+    rows += crash_rows(night, description, forced)
+    if not rows:
+        raise SystemExit(f"nothing to add: {night.head} has no run without a row; see `uv run ledger.py`")
 
-    what = "keep" if head in (best, *kept) else verdict(head, best, scores) if head in scores else "crash"
-    seeds = [run["seed"] for run in runs if run not in slow]
-    crashed = any(row["status"] == "crash" for row in rows)
-    enough = crashed or len(scores.get(head, [])) > 2
-    seed = next((seed for seed in SEEDS[:3] if seed not in seeds and not enough), None)
-    if counted:
-        memory, status = counted[0]["peak_memory_mb"] / 1024, what.replace("repeat", "discard (promising)")
-        print(f"next: write the row: {head} {counted[0]['val_bpb']:.6f} {memory:.1f} {status}")
-    elif len(slow) > 2 and not crashed:
-        print(f"next: disturbed three times, give it up: write the row: {head} 0.000000 0.0 crash")
-    elif slow and runs[-1] is slow[-1] and not crashed:
-        print(f"next: disturbed, is the machine idle? Run it again with seed {slow[-1]['seed']}")
-    elif len(scores) < 2 and head == best and seed:
-        print(f"next: run the baseline with seed {seed}")
-    elif not rows and head != best:
-        print(f"next: run it with seed {seed}; if it has crashed write the row: {head} 0.000000 0.0 crash")
-    elif what == "repeat" and seed:
-        print(f"next: promising, run it with seed {seed}")
-    elif head in kept and head != best:
-        print(f"next: go back to {best}, the branch")
-    elif what != "keep":
-        print(f"next: store it as refs/tries/{head}, reset to {best}")
-    elif len(ledger) > 20 and kept[0] not in [row["commit"] for row in ledger[-20:]]:
-        print(f"next: run the baseline, {kept[0]}, once more, to see drift; then a new idea, before <until>")
+    append_rows(folder / "results.tsv", [as_cells(row) for row in rows])
+    for problem in problems:
+        print(f"warning: {problem}")
+    for row in rows:
+        print(f"added: {row.commit} {as_cells(row)[1]} {row.status}, {row.description}")
+    print_next(load_night(folder)[0])
+
+
+def refuse_unclear(night):
+    """Raise SystemExit where it is not clear what has run."""
+    if night.conflict:
+        raise SystemExit("train.py has conflict markers: nothing is written; see `uv run ledger.py`")
+    if night.changed:
+        raise SystemExit("train.py has uncommitted changes, so the runs are of another file: commit or drop them first")
+    if night.running and night.log.get("commit") == night.head:
+        raise SystemExit(f"this commit's training runs (pid {night.running}): wait for it, then add its row")
+
+
+def crash_rows(night, description, forced):
+    """The row of a run of HEAD that has left no score, if there is one: [Row]."""
+    seed, tries = disturbed_tries(night)
+    log_is_ours = night.log.get("commit") == night.head
+    if has_crashed(night):
+        reason = f"{night.log['reason']}, seed {crashed_seed(night)}"
+    elif tries >= TRIES or (tries and forced == "crash"):
+        reason = f"disturbed {tries} times, seed {seed}"
+    elif forced == "crash" and log_is_ours and night.log["seed"] and not new_runs(night)[0]:
+        reason = f"cut off, seed {night.log['seed']}"  # no error, no score: only its owner knows why
     else:
-        print("next: a new idea, before <until>")
+        return []
+    return [Row(night.head, math.nan, 0.0, "crash", f"{description}: {reason}", 0)]
+
+
+def status_of(night, scores):
+    """The status of HEAD's new rows: keep for what was kept before, and for what the rule keeps."""
+    kept = kept_commits(night)
+    if night.head in kept:
+        return "keep"
+    if night.head in scores and verdict(night.head, kept[-1], scores) == "keep":
+        return "keep"
+    return "discard"
+
+
+def refuse_worse(night, scores):
+    """Raise SystemExit unless something simpler has run twice, and its second run is not behind."""
+    if len(scores.get(night.head, [])) < 2:
+        raise SystemExit("--keep wants a second run first: AUTORESEARCH_SEED=2 uv run train.py > run.log 2>&1")
+    best = kept_commits(night)[-1]
+    if best not in scores:
+        raise SystemExit("--keep wants a baseline to be compared with: see `uv run ledger.py`")
+    gained = gain(night.head, best, scores)
+    if gained < 0:
+        raise SystemExit(f"--keep is for what is simpler and not worse: the gain is {gained:+.6f}; use --discard")
+
+
+# --------------------------------------
+# Start
+
+
+def start(folder, tag, until="never"):
+    """Check everything, then make the branch, an empty results.tsv and night.json."""
+    until = parse_until(until)
+    problems = checks.find_problems(folder, tag)
+    if problems:
+        raise SystemExit("\n".join(f"- {problem}" for problem in problems))
+    started = now()
+    commit = checks.first_commit(folder, tag)
+
+    # an old ledger is moved aside, over nothing
+    ledger = folder / "results.tsv"
+    if ledger.exists():
+        names = (f"results-before-{tag}{number}.tsv" for number in ("", *range(2, 1000)))
+        old = next(folder / name for name in names if not (folder / name).exists())
+        os.replace(ledger, old)
+        print(f"the ledger of another night is {old.name} now")
+    append_rows(ledger, [])
+    state = {"tag": tag, "until": until, "started": started, "commit": commit}
+    (folder / "night.json").write_text(json.dumps(state) + "\n")
+    (folder / "run.log").unlink(missing_ok=True)
+    print(f"branch autoresearch/{tag}, until {until}")
+    print_next(load_night(folder)[0])
+
+
+def parse_until(text):
+    """A time of day becomes the next such time, in ISO form and UTC; numbers and `never` stay. Raises SystemExit."""
+    if text == "never" or re.fullmatch(r"[1-9][0-9]*", text):
+        return text
+    clock = re.fullmatch(r"([01]?[0-9]|2[0-3]):([0-5][0-9])", text)
+    here = datetime.now()
+    if clock:
+        moment = here.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+        if moment <= here:
+            moment += timedelta(days=1)
+        return in_utc(moment)
+
+    # a date, in the time of this place unless it names its own
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise SystemExit(f"--until {text}: must be like 07:00, 2026-11-28T07:00, 40 (rows) or never") from None
+    if moment.astimezone() <= here.astimezone():
+        raise SystemExit(f"--until {text}: that is over")
+    return in_utc(moment)
+
+
+# --------------------------------------
+# Open
+
+
+def wait_while_open(folder):
+    """
+    Raise SystemExit(1) when the night is over. When no row was added since it was last asked, it waits first: 30 s,
+    then twice as long each time. So a client that fails at once, as at a usage limit, costs nothing. Books in a bad
+    state end no night: an agent may mend them.
+    """
+    try:
+        night, _, _ = load_night(folder)
+        step = next_step(night)
+        rows = f"{night.tag}: {len(night.rows)}"
+    except (SystemExit, Exception) as error:
+        print(f"the books cannot be read ({first_line(error)})", flush=True)
+        step, rows = None, "unknown"
+    if step and step.command == OVER:
+        print(f"the night is over: {step.reason}")
+        raise SystemExit(1)
+
+    # how long it has waited is kept in .git: no other place is sure to be ignored
+    memory = folder / (git("rev-parse", "--git-path", "autoresearch-open.json") or ".git/autoresearch-open.json")
+    wait = next_wait(memory, rows)
+    if wait:
+        print(f"no row was added since: waiting {wait} s", flush=True)
+        time.sleep(wait)
+
+
+def next_wait(memory, rows):
+    """The seconds to wait, given the file with those of the last time, which is written anew."""
+    wait = 0
+    try:
+        before = json.loads(memory.read_text())
+        if before["rows"] == rows:
+            wait = min(LONGEST_WAIT, 2 * before["wait"] or FIRST_WAIT)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # asked for the first time
+    try:
+        memory.write_text(json.dumps({"rows": rows, "wait": wait}))
+    except OSError:
+        wait = FIRST_WAIT  # where nothing can be kept, a loop must not spin
+    return wait
+
+
+# --------------------------------------
+# Command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_arguments(arguments=None):
+    parser = OneLineParser(description="The books of a night: see program.md.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="start | add | open")
+    begin = commands.add_parser("start", allow_abbrev=False, help="check everything and make the branch")
+    begin.add_argument("tag", help="a name for the night, such as nov28")
+    begin.add_argument("--until", default="never", help="07:00, 2026-11-28T07:00, 40 (rows) or never, the default")
+    row = commands.add_parser("add", allow_abbrev=False, help="write the rows of this commit's runs")
+    row.add_argument("description", help="what was tried, and the gain that was expected")
+    choice = row.add_mutually_exclusive_group()
+    for status in STATUSES:
+        choice.add_argument(
+            f"--{status}", action="store_const", const=status, dest="status", help=f"make it a {status}"
+        )
+    commands.add_parser("open", allow_abbrev=False, help="exit 0 while the night goes on")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a description shows ? in it
+    if options.command == "start":
+        start(ROOT, options.tag, options.until)
+    elif options.command == "add":
+        add(ROOT, options.description, options.status)
+    elif options.command == "open":
+        wait_while_open(ROOT)
+    else:
+        print_status(ROOT)
 
 
 if __name__ == "__main__":
-    import prepare
-
-    print_status(prepare.load_benchmark())
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,7 +3,6 @@ The fixed harness: data, tokenizer, dataloader, training clock and metric. The a
 
     uv run prepare.py                                   # once: build the benchmark that suits this machine
     uv run prepare.py --dataset local --text notes/     # or one from your own text; --help lists every flag
-    uv run prepare.py --status                          # where the night stands
 
 A benchmark is a folder under $AUTORESEARCH_HOME (default ~/.cache/autoresearch): a tokenizer, packed rows of tokens for
 training, validation and a holdout, and benchmark.json with the constants that make two runs comparable. All of it is
@@ -607,12 +606,11 @@ def number(kind, least, most):
 
 def parse_arguments(arguments=None):
     parser = OneLineParser(
-        description="Build the benchmark that train.py is scored on, or show where a night stands.",
+        description="Build the benchmark that train.py is scored on.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--status", action="store_true", help="what was tried, what it was worth, what comes next; builds nothing")
     add("--dataset", choices=PRESETS, help="default: climbmix with CUDA and over 16 GiB, tinystories with CUDA, local")
     add("--text", nargs="+", metavar="PATH", help="local: files or folders; default: installed Python")
     add(
@@ -681,10 +679,6 @@ def prepare(request, source):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    if "status" in options:
-        import ledger
-
-        return ledger.print_status(load_benchmark())
     branch = git("branch", "--show-current") or ""
     if branch.startswith("autoresearch/"):
         raise SystemExit(f"branch {branch} is a night under way, whose benchmark is fixed: leave the branch first")

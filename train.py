@@ -588,7 +588,8 @@ def main():
     clock = TrainingClock(benchmark, device)
     dtype, attention, compiled = setup = set_up(device)
     name = prepare.device_name(device)
-    print(f"{name}, {benchmark.id}, seed {benchmark.seed}, {dtype}; compiling what is new")
+    print(f"commit {str(clock.origin['commit'])[:7]}, seed {benchmark.seed}, {benchmark.id}")
+    print(f"{name}, {dtype}; compiling what is new")
     rows, accumulation = find_batch(benchmark, device, *setup)
     for why in torch._dynamo.utils.counters["unimplemented"]:
         print(f"COMPILE: graph break, {prepare.first_line(why)}; TORCH_LOGS=graph_breaks shows where")

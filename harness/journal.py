@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +20,6 @@ from pathlib import Path
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent  # of the repository
-
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that program.md names
@@ -63,11 +63,15 @@ def first_line(error):
 
 def find_home():
     """The folder of all benchmarks, from AUTORESEARCH_HOME. Raises SystemExit if that names no folder."""
-    named = os.environ.get("AUTORESEARCH_HOME")
-    home = os.path.expanduser(named or "~/.cache/autoresearch")
+    home = os.path.expanduser(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch")
     if home.startswith("~"):  # left as it was: there is no such user, or this one has no home
         raise SystemExit(f"{home}: there is no such home folder; set AUTORESEARCH_HOME to a folder on a local disk")
     return Path(home).absolute()
+
+
+def lock_folder():
+    """Where the locks of devices are: one folder for all users of a machine, or for those with the same TMPDIR."""
+    return Path(tempfile.gettempdir(), "autoresearch-locks")
 
 
 def explain(error):
@@ -90,7 +94,6 @@ def git(*words):
 
 # --------------------------------------
 # The run
-
 
 rows_served = Counter()  # of this process, by split, until its run is scored: {"train": 4096}
 
@@ -189,9 +192,9 @@ def save_best(path, run, model):
 def read_journal(folder):
     """The scored runs of a benchmark's folder, oldest first: a list of dicts. A line that is torn is named."""
     path = folder / "journal.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
     runs = []
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line:
             continue
         try:
@@ -231,13 +234,12 @@ def time_flags(run):
     found = []
     budget = run.get("time_budget", math.inf)
     training, scoring = run.get("training_seconds", 0), run.get("scoring_seconds", 0)
-    slow = run.get("slow_steps_percent", 0)
     if training > LATE_FLAG * budget:
         found.append(f"trained for {training:.1f} s, budget {budget:g} s")
     if scoring > SCORING_SHARE * budget + SCORING_SECONDS:
         found.append(f"scored for {scoring:.0f} s: scoring is no training (or was the machine busy?)")
-    if slow > SLOW_FLAG:
-        found.append(f"{slow:.0f}% of the time in slow steps")
+    if run.get("slow_steps_percent", 0) > SLOW_FLAG:
+        found.append(f"{run['slow_steps_percent']:.0f}% of the time in slow steps")
     return found
 
 
@@ -245,6 +247,7 @@ def suspects(source):
     """Lines of a train.py that a reader should look at: a list of sentences. None of them is an accusation."""
     found = []
     for number, line in enumerate(source.splitlines(), 1):
+        # what a comment says is not done
         code = line.split("#")[0].strip()
         for reason, pattern in SUSPECTS.items():
             if re.search(pattern, code):

@@ -6,14 +6,13 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from harness.journal import first_line
+from harness.journal import first_line, lock_folder
 
 # FlashAttention-3 on the kernels hub, and the compute capabilities that it runs on: A100 and H100. On others it calls
 # exit(1), which nothing catches
@@ -37,7 +36,7 @@ class DeviceLock:
 
     def __init__(self, device):
         name = lock_name(device)
-        folder = Path(tempfile.gettempdir(), "autoresearch-locks")
+        folder = lock_folder()
         holder = folder / f"{name}.pid"
         self.lock = FileLock(folder / f"{name}.lock", mode=0o666, thread_local=False)
         self.pid = os.getpid()
@@ -46,7 +45,7 @@ class DeviceLock:
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 folder.chmod(0o777)
-            self.lock.acquire(timeout=0)
+            self.lock.acquire(timeout=1)  # the ledger looks at it for a moment
 
             # The system frees the lock when the process ends, but does not tell whose it is: a file beside it does.
             # We can replace

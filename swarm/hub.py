@@ -5,7 +5,7 @@ import re
 import statistics
 
 from harness.journal import git
-from ledger import LEDGER, scores_of
+from swarm.books import LEDGER, scores_of
 
 
 def read_notes():

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from harness.journal import git
-from ledger import CRASH, gain, scores_of, verdict
+from swarm.books import CRASH, gain, scores_of, verdict
 
 
 def read_logs(benchmark):

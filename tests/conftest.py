@@ -278,7 +278,7 @@ def shell_blocks(document, names):
     return dict(zip(names, map(textwrap.dedent, blocks)))
 
 
-PROGRAM = shell_blocks("program.md", ["look", "branch", "commit", "run", "row", "reset", "where"])
+PROGRAM = shell_blocks("program.md", ["start", "look", "commit", "run", "add", "reset"])
 WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
 UNHURRIED = [  # a busy machine is no failure: small steps, and half of the budget
     (r"^    while clock\.elapsed", "    while 2 * clock.elapsed"),
@@ -299,7 +299,8 @@ def weaken(folder):
     """Leave room for a gain in the train.py of a folder, and let no run count as disturbed."""
     replace(folder / "train.py", *((rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK), *UNHURRIED)
     replace(folder / "harness" / "journal.py", ("^SLOW_FLAG = .*", "SLOW_FLAG = 101"))
-    replace(folder / "ledger.py", ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
+    for file in ("night/worth.py", "swarm/books.py"):
+        replace(folder / file, ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
 
 
 class Agent:
@@ -318,11 +319,18 @@ class Agent:
         return output
 
     def start(self, name, /, **words):
+        return self.start_line(self.line(name, **words))
+
+    def line(self, name, /, **words):
+        """A block with its words filled in."""
         line = self.lines[name]
         for word, value in words.items():
             assert f"<{word}>" in line
             line = line.replace(f"<{word}>", str(value))
         assert not re.search(r"<\w+>", line), f"{name}: not all words are filled in"
+        return line.strip()
+
+    def start_line(self, line):
         return subprocess.Popen(
             ["bash", "-c", line],
             cwd=self.folder,
@@ -380,7 +388,7 @@ def copy_harness(folder):
     """What train.py and analysis.ipynb import."""
     for name in ("prepare.py", "ledger.py"):
         shutil.copy(ROOT / name, folder)
-    for name in ("harness", "swarm"):
+    for name in ("harness", "night", "swarm"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 

@@ -3,7 +3,8 @@ A scripted model for Claude Code and Codex: a server that plays a list of tool c
 back. Claude Code speaks POST /v1/messages, Codex POST /v1/responses, both with server-sent events for answers.
 
 A step is a dict with a "name" and "bash": command (and "timeout" in ms), "edit": [path, old, new] or "read": path. In a
-command, {{name:regex}} stands for the first group of the regex in the result of the step of that name.
+command, {{name:regex}} stands for the first group of the regex in the result of the step of that name. Instead of a
+list, `steps` may be a function that gets what came back so far and returns the next step, or None.
 """
 
 import json
@@ -19,6 +20,8 @@ class ScriptedModel:
 
     def __init__(self, steps, watched=()):
         self.steps = steps
+        self.step = None  # the one whose result has not come back
+        self.is_out = False  # of money: every request is refused
         self.watched = {path: path.read_bytes() for path in watched}
         self.came = {}  # name of a step -> its result, whether that is an error, which watched files it changed
         self.lock = threading.Lock()
@@ -42,20 +45,23 @@ class ScriptedModel:
         ]
         for path, before in self.watched.items():
             path.write_bytes(before)
-        name = self.steps[len(self.came)]["name"]
+        name, self.step = self.step["name"], None
         self.came[name] = {"result": result, "error": error, "changed": changed}
 
     def next_step(self):
         """The next step with its command filled in, or None."""
-        if len(self.came) == len(self.steps):
+        if self.step is None and callable(self.steps):
+            self.step = self.steps(self.came)
+        elif self.step is None and len(self.came) < len(self.steps):
+            self.step = self.steps[len(self.came)]
+        if self.step is None:
             return None
-        step = self.steps[len(self.came)]
 
         def found(match):
             hit = re.search(match[2], self.came[match[1]]["result"], re.M)
             return hit[1] if hit else "NOT-FOUND"
 
-        return step | {"bash": re.sub(r"\{\{([\w ,.-]+):(.*?)\}\}", found, step.get("bash", ""))}
+        return self.step | {"bash": re.sub(r"\{\{([\w ,.-]+):(.*?)\}\}", found, self.step.get("bash", ""))}
 
 
 def text_of(content):
@@ -154,6 +160,9 @@ class Handler(BaseHTTPRequestHandler):
         turn = claude_turn if path.endswith("/messages") else codex_turn if path.endswith("/responses") else None
         if turn is None:
             return self.reply(json.dumps({"input_tokens": 1000}))
+        if self.model.is_out:
+            error = {"type": "invalid_request_error", "message": "Your credit balance is too low"}
+            return self.reply(json.dumps({"type": "error", "error": error}), status=400)
         with self.model.lock:
             answer, events = turn(self.model, body)
         if not body.get("stream"):
@@ -161,8 +170,8 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
         self.reply("".join(lines), "text/event-stream")
 
-    def reply(self, text, kind="application/json"):
-        self.send_response(200)
+    def reply(self, text, kind="application/json", status=200):
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()

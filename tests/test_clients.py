@@ -4,7 +4,7 @@ A night with the real Claude Code and the real Codex, whose model is scripted, a
     npm install --no-save --prefix .clients @anthropic-ai/claude-code@2.1.331 @openai/codex@0.169.0
     uv run pytest -m clients
 
-No account, no network. Every shell line comes from program.md, with its words filled in.
+No account, no network. The scripted model does what `uv run ledger.py` says.
 """
 
 import contextlib
@@ -14,19 +14,17 @@ import re
 import shutil
 import signal
 import subprocess
-import time
+import sys
 
 import pytest
-from conftest import PROGRAM, ROOT, WEAK, new_repository, wait_for, weaken
+from conftest import ROOT, new_repository, wait_for, weaken
 from scripted_model import ScriptedModel
 
-import ledger
 import prepare
 from harness.journal import read_journal
 
 BIN = ROOT / ".clients" / "node_modules" / ".bin"
-STATUS = "uv run prepare.py --status"
-ROW = "<commit> <val_bpb> <memory_gb> <status>"
+STATUS = "uv run ledger.py"
 JUDGES = ("prepare.py", "program.md", "README.md", "pyproject.toml", ".claude/settings.json", ".codex/config.toml")
 
 pytestmark = [
@@ -40,6 +38,7 @@ class Client:
 
     def __init__(self, name, folder, home, environment):
         self.name, self.folder, self.home = name, folder, home
+        self.human = environment | {"AUTORESEARCH_HOME": str(prepare.HOME)}
         kept = ("PATH", "AUTORESEARCH_HOME", "GIT_CONFIG_GLOBAL", "TORCHDYNAMO_DISABLE")
         self.environment = {name: environment[name] for name in kept} | {
             "HOME": str(home),
@@ -53,10 +52,6 @@ class Client:
 
     def start(self, steps):
         """Start a session that plays these steps; returns the process and its model."""
-        if self.name == "claude":  # wants full paths
-            steps = [
-                s | {"edit": [str(self.folder / s["edit"][0]), *s["edit"][1:]]} if "edit" in s else s for s in steps
-            ]
         model = ScriptedModel(steps, [self.folder / file for file in JUDGES])
         if self.name == "claude":
             trust = {"projects": {str(self.folder): {"hasTrustDialogAccepted": True}}, "hasCompletedOnboarding": True}
@@ -64,7 +59,7 @@ class Client:
             quiet = ("DISABLE_TELEMETRY", "DISABLE_ERROR_REPORTING", "DISABLE_AUTOUPDATER")
             quiet = dict.fromkeys((*quiet, "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"), "1")
             environment = self.environment | quiet | {"ANTHROPIC_BASE_URL": model.url, "ANTHROPIC_API_KEY": "none"}
-            command = [BIN / "claude", "-p", "Have a look at program.md"]
+            command = [BIN / "claude", "-p", "Read program.md and go on."]
         else:
             (self.home / ".codex").mkdir(exist_ok=True)
             (self.home / ".codex" / "config.toml").write_text(
@@ -77,11 +72,16 @@ wire_api = "responses"
 env_key = "KEY"
 '''
             )
-            environment, command = self.environment, [BIN / "codex", "exec", "--trust", "Have a look at program.md"]
+            environment, command = self.environment, [BIN / "codex", "exec", "--trust", "Read program.md and go on."]
         with open(self.home.parent / "log.txt", "a") as log:
             streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **streams)
             return process, model
+
+    def ledger(self, *words, check=True):
+        """As the human runs it."""
+        command = [sys.executable, "ledger.py", *words]
+        return subprocess.run(command, cwd=self.folder, env=self.human, check=check, capture_output=True, text=True)
 
     def git(self, *words):
         command = ["git", "-c", "user.name=Human", "-c", "user.email=human@example.org", *words]
@@ -90,13 +90,9 @@ env_key = "KEY"
     def rows(self):
         return [line.split("\t") for line in (self.folder / "results.tsv").read_text().splitlines()]
 
-    def play_well(self, steps):
-        """Play steps that none may be refused; returns {name: what came back}."""
-        came = self.play(steps)
-        refused = {name: line["result"] for name, line in came.items() if line["error"] or "denied" in line["result"]}
-        assert not refused and "unsupported" not in str(came)
-        assert [step["name"] for step in steps] == list(came)
-        return {name: line["result"] for name, line in came.items()}
+    def path(self, name):
+        """As its tools want it: Claude Code's in full."""
+        return str(self.folder / name) if self.name == "claude" else name
 
     def play(self, steps, seconds=900):
         """Play these steps to the end; returns what came back, by the names of the steps."""
@@ -131,106 +127,88 @@ def client(request, prepared, tmp_path, environment):
     return Client(request.param, folder, tmp_path / "home", environment)
 
 
-def bash(name, line, **words):
-    for word, value in words.items():
-        assert f"<{word}>" in line, f"{word} in {line}"
-        line = line.replace(f"<{word}>", str(value))
-    assert not re.search(r"<\w+>", line), line
-    return {"name": name, "bash": line.strip(), "timeout": 120_000}
+def bash(name, line):
+    return {"name": name, "bash": line, "timeout": 120_000}
 
 
-def run(name, seed, description):
-    """Steps 4 to 6 of program.md."""
-    row = PROGRAM["row"].replace(ROW, f"{{{{{name} status:write the row: (\\S+ \\S+ \\S+ \\S+)}}}}")
-    return [
-        bash(f"{name} run", PROGRAM["run"], seed=seed, limit=60),
-        bash(f"{name} status", STATUS),
-        bash(f"{name} row", row, description=description),
-    ]
+# --------------------------------------
+# A night that cannot stop early: the loop of README around a client that ends, fails and is killed
 
 
-def idea(name, *edits):
-    edits = [{"name": f"{name} edit {number}", "edit": ["train.py", *edit]} for number, edit in enumerate(edits)]
-    return [*edits, bash(f"{name} commit", PROGRAM["commit"], idea=name, prediction="-0.01")]
+class Researcher:
+    """
+    Plays the model. It knows nothing but what `uv run ledger.py` says, does the command after `next:`, and where it is
+    its turn tries the next of its edits. It ends its turn after `runs` trainings, or when the night is over.
+    """
+
+    def __init__(self, path, edits, runs=99):
+        self.path = path  # of train.py
+        self.edits = edits  # shared by all sessions: what was tried is not tried again
+        self.runs = runs
+
+    def __call__(self, came):
+        results = [line["result"] for line in came.values() if "next: " in line["result"]]
+        if not came or not results or "next: " not in list(came.values())[-1]["result"]:
+            return self.after(came)
+        command = re.search(r"^next: (.*)", results[-1], re.M)[1]
+        if command.startswith("# the night is over") or self.count(came) >= self.runs:
+            return None
+        if command.startswith("#"):
+            return self.try_something(came)
+        return bash(f"{len(came)} {command[:40]}", command)
+
+    def after(self, came):
+        """Look where the night stands, or commit what was edited."""
+        if came and " edit" in list(came)[-1]:
+            idea = self.edits.pop(0)[0]
+            return bash(f"{len(came)} commit", f"git commit -q -m '{idea}; expect +0.01' -- train.py")
+        return bash(f"{len(came)} status", "uv run ledger.py")
+
+    def try_something(self, came):
+        _, old, new = self.edits[0]
+        read = [name for name in came if name.endswith(f"read {old}")]
+        if not read:
+            return {"name": f"{len(came)} read {old}", "read": self.path}
+        return {"name": f"{len(came)} edit", "edit": [self.path, old, new]}
+
+    def count(self, came):
+        return sum("uv run train.py" in name for name in came)
 
 
-def reset(name):
-    before = f"{name} before reset"
-    line = PROGRAM["reset"].replace("<commit>", f"{{{{{before}:refs/tries/(\\w+)}}}}")
-    return [
-        bash(before, STATUS),
-        bash(f"{name} reset", line.replace("<kept>", f"{{{{{before}:reset to (\\w+)}}}}")),
-    ]
-
-
-def test_a_night(client):
-    source = (ROOT / "train.py").read_text()
-    rates = {name: re.search(rf"^{name} = (\S+)", source, re.M)[1] for name in WEAK}
-    worse = [[f"{name} = {rate}", f"{name} = 0.0"] for name, rate in rates.items()]  # beyond all doubt
-    read = {"name": "read", "read": str(client.folder / "train.py")}
-    steps = [
-        bash("look", PROGRAM["look"]),
-        bash("branch", PROGRAM["branch"], tag="test"),
-        bash("note", "echo 'backlog: rates' >> ideas.md"),
-        bash("notes", "tail -n 40 ideas.md"),
-        *run("base 1", 1, "baseline, seed 1"),
-        *run("base 2", 2, "baseline, seed 2"),
-        *run("base 3", 3, "baseline, seed 3"),
-        read,
-        *idea("rates up", *([f"{name} = 1e-6 * {rate}", f"{name} = {rate}"] for name, rate in rates.items())),
-        *run("up 1", 1, "rates up, promising"),
-        *run("up 2", 2, "rates up, seed 2"),
-        *idea("no rate", *worse),
-        *run("none", 1, "no rate"),
-        *reset("none"),
-        read | {"name": "read again"},
-        *idea("slip", ["def norm(x):", "def norm(x:"]),
-        *run("slip", 1, "a slip"),
-        bash("tail", "tail -c 1500 run.log"),
-        *reset("slip"),
-        bash("fetch", "git cherry-pick -n refs/tries/{{slip before reset:refs/tries/(\\w+)}}"),
-        bash("diff", "git diff HEAD"),
-        bash("drop", "git checkout HEAD -- train.py"),
-        bash("look up", "grep -i 'rate' results.tsv ideas.md"),
-    ]
-    client.play_well(steps)
-
-    # the client dies in mid-run; another session goes on from what the status says
-    steps = [read, *idea("again", *worse), *run("again", 1, "again")]
-    (client.folder / "run.log").unlink()
-    process, model = client.start(steps)
+def test_the_night_goes_on(client):
+    """
+    The client ends its turn after two runs; it has no money left, three times; it is killed in mid-run; then a last
+    session knows nothing but the prompt. Nothing is run twice, no row is lost, and the loop ends by itself.
+    """
+    rate = re.search(r"^MATRIX_LR = .*", (client.folder / "train.py").read_text(), re.M)[0]
+    edits = [("rates up", rate, rate.replace("1e-6 * ", "")), ("no change", "ADAM_EPS = ", "ADAM_EPS = 1 * ")]
     log = client.folder / "run.log"
-    wait_for(lambda: log.exists() and "compiling what is new" in log.read_text(), 300)
-    kill(process)
-    model.close()
-    time.sleep(20)  # the training may outlive its client
-    came = client.play_well([bash("where", PROGRAM["where"])])
-    assert "autoresearch/test" in came["where"]
-    row = bash(
-        "row", PROGRAM["row"].replace(ROW, "{{status:write the row: (\\S+ \\S+ \\S+ \\S+)}}"), description="again"
-    )
-    finished = "next: write the row" in came["where"]
-    assert finished or "next: run it with seed 1" in came["where"]
-    client.play_well(
-        [
-            *([bash("status", STATUS), row] if finished else run("again", 1, "again")),
-            *reset("again"),
-            bash("to base", f"git checkout -q --detach {client.rows()[1][0]}"),
-            *run("base 4", 4, "baseline, seed 4"),
-            bash("back", "git checkout -q autoresearch/test"),
-            *run("up 4", 4, "rates up, seed 4"),
-            bash("end", STATUS),
-        ]
-    )
+    client.ledger("start", "test", "--until", "5")
+    sessions = 0
+    while client.ledger("open", check=False).returncode == 0:
+        sessions += 1
+        process, model = client.start(Researcher(client.path("train.py"), edits, runs=2 if sessions == 1 else 99))
+        model.is_out = sessions in (2, 3, 4)
+        if sessions == 5:
+            log.unlink()
+            wait_for(lambda: log.exists() and "compiling" in log.read_text(), 300)
+        else:
+            process.wait(900)
+        kill(process)
+        model.close()
+        refused = {name: line["result"] for name, line in model.came.items() if line["error"]}
+        assert not refused and "denied" not in str(model.came) and "unsupported" not in str(model.came)
+        assert sessions < 9, "the night does not end"
+    assert sessions == 6
+
+    # every run has its row, none was run twice, and all ended on fresh seeds
     rows = client.rows()[1:]
-    assert [row[3] for row in rows] == [*["keep"] * 3, "discard", "keep", "discard", "crash", "discard", "keep", "keep"]
-    assert {len(row) for row in rows} == {5}
-    journal = read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
-    matched, unlisted = ledger.match_runs(ledger.read_ledger(client.folder / "results.tsv"), journal)
-    assert len(matched) == 9 and not unlisted
-    assert client.git("log", "--format=%h", "--abbrev=7", "main..HEAD").split() == [rows[4][0]]
+    journal = [run for run in read_journal(prepare.HOME / (prepare.HOME / "current").read_text())]
+    assert len(rows) == len(journal) == len({(run["commit"], run["seed"]) for run in journal})
+    assert [row[4].rpartition(", seed ")[2] for row in rows][-4:] == ["4", "4", "5", "5"]
+    assert "the gain to report" in client.ledger().stdout
+    assert client.git("status", "--porcelain") == ""
     assert "Co-Authored-By" not in client.git("log", "--all", "--format=%B")
-    assert len(client.git("for-each-ref", "refs/tries").splitlines()) == 3 and client.git("status", "--porcelain") == ""
 
 
 FORBIDDEN = {
@@ -271,9 +249,9 @@ def test_forbidden_calls(client):
     steps = [bash("allowed", STATUS)]  # the tools are there
     steps += [{"name": name, "bash": line, "timeout": 60_000} for name, line in FORBIDDEN.items()]
     steps.append({"name": "read", "read": str(client.folder / "prepare.py")})
-    steps.append({"name": "tool", "edit": ["prepare.py", "SEED = 42", "SEED = 43"]})
+    steps.append({"name": "tool", "edit": [client.path("prepare.py"), "SEED = 42", "SEED = 43"]})
     came = client.play(steps)
-    assert len(came) == len(steps) and "this commit: " in came["allowed"]["result"]
+    assert len(came) == len(steps) and "no night here" in came["allowed"]["result"]
     assert "unsupported" not in str(came)  # it is refused, not misspelt
     assert {name: line["changed"] for name, line in came.items() if line["changed"]} == {}
     assert client.git("rev-parse", "HEAD") == before

@@ -1,5 +1,5 @@
 """
-The shell lines of program.md, run as they stand by a scripted agent that does what `--status` says comes next.
+A night by program.md: a scripted agent that runs what `next:` says, and its own edits where that is a comment.
 
 Only `uv` is a stand-in here, which runs Python at once instead of installing everything again.
 """
@@ -9,43 +9,48 @@ import re
 import signal
 
 import pytest
-from conftest import PROGRAM, WEAK, Agent, new_repository, wait_for, weaken
+from conftest import PROGRAM, ROOT, WEAK, Agent, new_repository, wait_for, weaken
 
-import ledger
 import prepare
 from harness.journal import read_journal
+from night.rows import COLUMNS, read_rows
+from night.worth import pair
+
+MAY_FAIL = ("AUTORESEARCH_SEED=",)  # a run; its row says why
 
 
 class Researcher(Agent):
-    """Remembers nothing: all state is in git, results.tsv and the journal."""
+    """Remembers nothing: all state is in git, results.tsv, night.json and the journal."""
 
-    def next(self):
-        return re.search(r"^next: (.*)", self.sh("where"), re.M)[1]
+    def look(self):
+        """What the ledger says: (next, why)."""
+        status = self.sh("look")
+        return re.search(r"^next: (.*)", status, re.M)[1], re.search(r"^why: +(.*)", status, re.M)[1]
 
     def attempt(self, idea, *edits):
         self.edit(*edits)
-        self.sh("commit", idea=idea, prediction="-0.01")
-        return self.finish(idea)
+        self.sh("commit", idea=idea, gain="+0.01")
+        return self.go_on()
 
-    def finish(self, idea, limit=60):
-        """Go on until a new idea is wanted. Returns the status of the last row, and the end of the last log."""
-        ran, text = False, ""
-        for _ in range(12):
-            what = self.next()
-            row = re.search(r"write the row: (\S+) (\S+) (\S+) (\S+)", what)
-            if row and (what.startswith("write") or ran):
-                words = dict(zip(("commit", "val_bpb", "memory_gb", "status"), row.groups()))
-                self.sh("row", **words, description=idea)
-                ran = False
-            elif seed := re.search("with seed (\\d)", what):
-                self.sh("run", seed=seed[1], limit=limit)
-                ran, text = True, (self.folder / "run.log").read_text()[-1500:]
-            elif store := re.match(r"store it as refs/tries/(\w+), reset to (\w+)", what):
-                self.sh("reset", commit=store[1], kept=store[2])
-            else:
-                assert what == "a new idea, before <until>"
-                return self.rows()[-1][3], text
-        raise AssertionError(what)
+    def go_on(self):
+        """Run what comes next until that is a comment. Returns the comment, and the log of the last run."""
+        log = ""
+        for _ in range(20):
+            command, reason = self.look()
+            if command.startswith("#"):
+                return command, log
+            assert self.is_in_program(command), command
+            process = self.start_line(command)
+            output = process.communicate()[0]
+            assert process.returncode == 0 or command.startswith(MAY_FAIL), output
+            if command.startswith(MAY_FAIL):
+                log = (self.folder / "run.log").read_text()
+        raise AssertionError(f"this does not end: {command} ({reason})")
+
+    def is_in_program(self, command):
+        """Whether it is a line of program.md with its words filled in, or leads to another commit."""
+        lines = [re.sub("<[^>]*>", ".+", re.escape(line.strip())) for line in self.lines.values()]
+        return any(re.fullmatch(line, command) for line in [*lines, r"git checkout -q (--detach )?[\w/]+"])
 
 
 @pytest.fixture
@@ -59,73 +64,125 @@ def agent(prepared, tmp_path, environment):
     return agent
 
 
+def another(agent):
+    """One that knows nothing of what the first has done."""
+    return Researcher(agent.folder, agent.environment, PROGRAM)
+
+
 def test_a_night(agent):
     """
     A keep, a discard, a syntax error, a NaN, a run over its budget; a run that ends while nobody watches; one in which
-    the agent is killed and that hangs; and what follows.
+    the agent is killed and that hangs; then the end of the night, with its final runs.
     """
     tracked = agent.git("ls-files")
-    assert (prepare.HOME / "current").read_text() in agent.sh("look")
-    agent.sh("branch", tag="test")
+    assert "next: AUTORESEARCH_SEED=1 uv run train.py" in agent.sh("start", tag="test", when=10)
     start = agent.head()
-    agent.sh("run", seed=1, limit=60)
+
+    # a run that ends while nobody watches is added, and not run again
+    agent.sh("run", seed=1)
     score = re.search(r"^val_bpb: +(\S+)", (agent.folder / "run.log").read_text(), re.M)[1]
-    agent = Researcher(agent.folder, agent.environment, PROGRAM)  # another one, who does not repeat it
-    assert re.fullmatch(rf"write the row: {start} {score} \S+ keep", agent.next())
-    assert agent.finish("baseline")[0] == "keep"
-    assert [(row[0], row[3]) for row in agent.rows()[1:]] == [(start, "keep")] * 3
+    agent = another(agent)
+    assert agent.look()[0] == agent.line("add", description="baseline")
+    assert agent.go_on()[0] == "# a new idea: edit train.py"
+    assert [(row[0], row[3]) for row in agent.rows()[1:]] == [(start, "keep")] * 3 and agent.rows()[1][1] == score
+    assert agent.run("ledger.py", "open").returncode == 0
 
     restore = [(rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK]
-    assert agent.attempt("rates up", *restore)[0] == "keep"
+    agent.attempt("rates up", *restore)
     kept = agent.head()
-    results = {
-        "rates to nothing": agent.attempt("rates to nothing", (r"^(\w+_LR +)= ", r"\1= 1e-6 * ")),
-        "a slip": agent.attempt("a slip", (r"^def norm\(x\):", "def norm(x:")),
-        "wild rates": agent.attempt("wild rates", (r"^(\w+_LR +)= ", r"\1= 1e9 * ")),
-        "too slow": agent.attempt("too slow", (r"^    clock.stop\(\)", "    time.sleep(3)\n    clock.stop()")),
+    ideas = {
+        "rates to nothing": (r"^(\w+_LR +)= ", r"\1= 1e-6 * "),
+        "a slip": (r"^def norm\(x\):", "def norm(x:"),
+        "wild rates": (r"^(\w+_LR +)= ", r"\1= 1e9 * "),
+        "too slow": (r"^    clock.stop\(\)", "    time.sleep(3)\n    clock.stop()"),
     }
-    assert [status for status, _ in results.values()] == ["discard", "crash", "crash", "crash"]
-    assert "SyntaxError" in results["a slip"][1]
-    assert "; lower the learning rates" in results["wild rates"][1]
-    assert "not scored: trained for" in results["too slow"][1]
+    logs = {idea: agent.attempt(idea, edit)[1] for idea, edit in ideas.items()}
+    assert "SyntaxError" in logs["a slip"]
+    assert "; lower the learning rates" in logs["wild rates"]
+    assert "not scored: trained for" in logs["too slow"]
     assert agent.head() == kept
 
-    # the machine loses the agent's shell in mid-run, but not the training
+    # the machine loses the agent's shell in mid-run, but not the training, which holds the lock
     agent.edit((r"^    clock.stop\(\)", "    time.sleep(1000)\n    clock.stop()"))
-    agent.sh("commit", idea="lost", prediction="-0.01")
+    agent.sh("commit", idea="lost", gain="+0.01")
     (agent.folder / "run.log").unlink()
-    shell = agent.start("run", seed=1, limit=100)
+    shell = agent.start_line(agent.line("run", seed=1) + "; :")
     log = agent.folder / "run.log"
     wait_for(lambda: log.exists() and "compiling what is new" in log.read_text())
     shell.kill()
     shell.wait()
-    agent = Researcher(agent.folder, agent.environment, PROGRAM)
-    assert agent.next().startswith("run it with seed 1")
-    agent.sh("run", seed=1, limit=60)
-    pid = re.search(r"another training is running on cpu \(pid (\d+)\)", log.read_text())[1]
-    os.kill(int(pid), signal.SIGKILL)
+    agent = another(agent)
+    command, reason = agent.look()
+    assert command == "tail -c 300 run.log" and re.match(r"this commit's training runs \(pid \d+\): wait", reason)
+    assert f"commit {agent.head()}, seed 1" in agent.start_line(command).communicate()[0]
+    os.kill(int(re.search(r"pid (\d+)", reason)[1]), signal.SIGKILL)
+    wait_for(lambda: agent.look()[0] == agent.line("run", seed=1))
+    assert "was cut off" in agent.look()[1]
+    added = agent.start_line(agent.line("add", description="lost") + " --crash").communicate()[0]
+    assert f"added: {agent.head()} 0.000000 crash, lost" in added
     (agent.folder / "program.md").write_text("edited by the human")
-    assert agent.finish("lost", limit=6)[0] == "crash"
+
+    # ten rows are the end: the baseline and the last keep run on fresh seeds, and the loop around the agent ends
+    assert agent.go_on()[0] == "# the night is over"
+    assert re.search(r"gain to report, on fresh seeds: \+\d", agent.look()[1])
+    assert agent.run("ledger.py", "open").returncode == 1
     assert (agent.folder / "program.md").read_text() == "edited by the human"
 
     # on its branch the benchmark is fixed, and another night of this name touches nothing
     for arguments in ([], ["--time-budget", "900"]):
         process = agent.run("prepare.py", *arguments)
         assert process.returncode == 1 and "leave the branch first" in process.stderr
-    assert "already exists" in agent.sh("branch", tag="test", check=False)
+    assert "there was a night of this name" in agent.sh("start", tag="test", when=10, check=False)
 
     # nothing is lost, and the branch holds the keeps
     rows = agent.rows()
-    assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"]
-    assert [row[4] for row in rows[1:]] == ["baseline"] * 3 + ["rates up"] * 2 + [*results, "lost"]
-    assert [row[3] for row in rows[1:]] == ["keep"] * 3 + ["discard", "keep", "discard"] + ["crash"] * 4
+    assert rows[0] == list(COLUMNS)
+    tried = ["baseline"] * 3 + ["rates up"] * 2 + [*ideas, "lost"] + ["baseline, final", "last keep, final"] * 2
+    assert [re.split("; expect|: |, seed", row[4])[0] for row in rows[1:]] == tried
+    statuses = ["keep"] * 3 + ["discard", "keep", "discard"] + ["crash"] * 4 + ["keep"] * 4
+    assert [row[3] for row in rows[1:]] == statuses
+    assert [re.search(r", seed (\d)$", row[4])[1] for row in rows[1:]] == list("12312111114455")
+    listed, problems = read_rows(agent.folder / "results.tsv")
     journal = read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
-    matched, unlisted = ledger.match_runs(ledger.read_ledger(agent.folder / "results.tsv"), journal)
-    assert [matched[number]["seed"] for number in range(6)] == [1, 2, 3, 1, 2, 1] and not unlisted
+    pairs, left = pair(listed, journal)
+    assert [pairs[index]["seed"] for index in sorted(pairs)] == [1, 2, 3, 1, 2, 1, 4, 4, 5, 5]
+    assert not left and not problems
     for commit, *_ in rows[1:]:
         if commit not in (start, kept):
             assert agent.git("rev-parse", "--short=7", f"refs/tries/{commit}^").strip() == kept
-    assert agent.git("log", "--format=%h", "--abbrev=7", "main..HEAD").split() == [kept]
+    assert agent.git("log", "--format=%h", "--abbrev=7", "main..HEAD").split() == [kept, start]
     assert agent.git("branch", "--show-current").strip() == "autoresearch/test"
     assert agent.git("status", "--porcelain") == " M program.md\n" and agent.git("ls-files") == tracked
     assert agent.git("diff", "--name-only", "main", "HEAD").split() == ["train.py"]
+
+
+def test_a_discarded_idea_is_tried_again(agent):
+    """The lines of program.md that stand in its sentences, too."""
+    program = (ROOT / "program.md").read_text()
+    check, fetch, drop = (
+        'uv run python -c "import train"',
+        "git cherry-pick -n refs/tries/<commit>",
+        "git checkout HEAD -- train.py",
+    )
+    assert all(f"`{line}`" in program for line in (check, fetch, drop)) and program.count("\n") <= 100
+
+    def try_line(line):
+        process = agent.start_line(line)
+        output = process.communicate()[0]
+        return process.returncode, output
+
+    agent.edit((r"^def norm\(x\):", "def norm(x:"))
+    assert "SyntaxError" in try_line(check)[1]
+    agent.sh("commit", idea="a slip", gain="+0.01")
+    slip, kept = agent.head(), agent.git("rev-parse", "--short=7", "HEAD^").strip()
+    agent.sh("reset", commit=slip, kept=kept)
+    assert agent.head() == kept and try_line(check) == (0, "")
+
+    fetch = fetch.replace("<commit>", slip)
+    assert try_line(fetch) == (0, "")
+    agent.edit((r"^def norm\(x:", "def norm(x):  # mended"))
+    agent.sh("commit", idea="the slip, mended", gain="+0.01")
+    assert "mended" in agent.git("show", "HEAD") and agent.git("status", "--porcelain") == ""
+
+    assert try_line(fetch)[0] == 1 and "<<<<<<<" in (agent.folder / "train.py").read_text()
+    assert try_line(drop)[0] == 0 and agent.git("status", "--porcelain") == ""

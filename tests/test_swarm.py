@@ -21,7 +21,7 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import PROGRAM, SMALL, TEXT, WEAK, Agent, new_repository, shell_blocks, wait_for, weaken
+from conftest import SMALL, TEXT, WEAK, Agent, new_repository, shell_blocks, wait_for, weaken
 
 import prepare
 from harness.journal import read_journal
@@ -29,7 +29,8 @@ from harness.journal import read_journal
 pytestmark = pytest.mark.cluster
 WAVE = ["cluster", "worktree", "try", "submit", "collect", "rows", "keep"]
 HUB = ["join", "exchange", "look", "say", "adopt"]
-LINES = PROGRAM | shell_blocks("program_swarm.md", WAVE + HUB)
+BOOKS = ["branch", "where", "commit", "row", "reset"]
+LINES = shell_blocks("program_swarm.md", BOOKS + WAVE + HUB)
 COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description")
 
 # --------------------------------------
@@ -240,7 +241,7 @@ class Scripted(Agent):
         self.me = {"tag": "test", "agent": name}
 
     def experiment(self, idea, score, status, repeat=False):
-        """Steps 3 to 7 of program.md, and the exchange."""
+        """The books by hand, and the exchange."""
         if not repeat:
             self.edit((r"\Z", f"# {idea}\n"))
             self.sh("commit", idea=idea, prediction="0")
