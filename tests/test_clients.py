@@ -180,8 +180,9 @@ def test_the_night_goes_on(client):
     The client ends its turn after two runs; it has no money left, three times; it is killed in mid-run; then a last
     session knows nothing but the prompt. Nothing is run twice, no row is lost, and the loop ends by itself.
     """
-    rate = re.search(r"^MATRIX_LR = .*", (client.folder / "train.py").read_text(), re.M)[0]
-    edits = [("rates up", rate, rate.replace("1e-6 * ", "")), ("no change", "ADAM_EPS = ", "ADAM_EPS = 1 * ")]
+    source = (client.folder / "train.py").read_text()
+    rates = re.search(r"^MATRIX_LR = .*\n(^\w+_LR = .*\n)*", source, re.M)[0]  # which weaken() has made too low
+    edits = [("rates up", rates, rates.replace("1e-6 * ", "")), ("no change", "ADAM_EPS = ", "ADAM_EPS = 1 * ")]
     log = client.folder / "run.log"
     client.ledger("start", "test", "--until", "5")
     sessions = 0

@@ -132,7 +132,7 @@ def test_a_night(agent):
     for arguments in ([], ["--time-budget", "900"]):
         process = agent.run("prepare.py", *arguments)
         assert process.returncode == 1 and "leave the branch first" in process.stderr
-    assert "there was a night of this name" in agent.sh("start", tag="test", when=10, check=False)
+    assert "this night exists" in agent.sh("start", tag="test", when=10, check=False)
 
     # nothing is lost, and the branch holds the keeps
     rows = agent.rows()

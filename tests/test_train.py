@@ -553,11 +553,12 @@ def test_an_error_of_the_code_ends_the_run_at_once(monkeypatch, capsys, error):
 
 def test_an_error_in_a_compiled_block_has_its_traceback(benchmark, monkeypatch, capfd):
     """As an agent would make it: no second try in eager mode, and the line that is to blame."""
-    set_constants(monkeypatch, COMPILE=True, TrainingClock=lambda *arguments: None)
+    clock = types.SimpleNamespace(origin={"commit": None})
+    set_constants(monkeypatch, COMPILE=True, TrainingClock=lambda *arguments: clock)
     monkeypatch.setattr(train.MLP, "forward", lambda self, x: self.down(self.up(x) @ x.mT[:, :3]))
     with pytest.raises(RuntimeError, match=re.escape('"forward", lambda self, x: self.down(self.up(x) @ x.mT[:, :3])')):
         train.main()
-    assert len(capfd.readouterr().out.splitlines()) == 1  # what it is about to do, and not that it went on without
+    assert len(capfd.readouterr().out.splitlines()) == 2  # what it is about to do, and not that it went on without
 
 
 def test_no_instruction_set_is_tried():
