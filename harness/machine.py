@@ -22,7 +22,7 @@ FLASH3_CAPABILITIES = ((8, 0), (9, 0))
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 SLOW_STEP = 1.5  # a step that took longer than this many usual ones was disturbed
-BLOCKS = 20  # parts of a run, by steps, whose medians tell what is usual
+BLOCKS = 8  # parts of a run, by steps, whose medians tell what is usual
 
 
 class DeviceLock:

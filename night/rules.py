@@ -49,8 +49,9 @@ def next_step(night):
 
 
 def run_step(night, seed, reason):
-    # its log is of this commit, but says no score and no error
-    if night.log.get("commit") == night.head and night.log["seed"] == seed and not night.log["reason"]:
+    # its log is of this run and says no error, but there is no score
+    scored = [run["seed"] for run in night.runs if run["commit"][:7] == night.head]
+    if night.log == {"commit": night.head, "seed": seed, "reason": ""} and seed not in scored:
         reason += "; its last run was cut off (if memory ran out, add it with --crash)"
     return Step(f"AUTORESEARCH_SEED={seed} uv run train.py > run.log 2>&1", reason)
 
@@ -89,10 +90,10 @@ def in_trouble(night):
     if night.conflict and night.head != night.start:
         return Step("git reset -q --keep HEAD^", "train.py was committed with conflict markers")
     if night.running:
-        kind = (
-            "this commit's training" if night.log.get("commit") == night.head else "another training: whose is it? It"
-        )
-        return Step("tail -c 300 run.log", f"{kind} runs (pid {night.running}): wait for it")
+        kind = "another training, perhaps not yours, runs"
+        if night.log.get("commit") == night.head:
+            kind = "this commit's training runs"
+        return Step("tail -c 300 run.log", f"{kind} (pid {night.running}): wait for it")
     if night.stray:
         return Step("git status --short", f"{night.stray} is not as in HEAD, so no run counts: restore or move it")
     if night.branch not in ("", branch) and night.changed:

@@ -128,7 +128,7 @@ NIGHTS = {
     "committed": (night(BASE, at=A), train(1), "a new idea"),
     "committed and edited": (night(BASE, at=A, changed=True), "git diff", "commit them"),
     "in mid-run": (night(BASE, at=A, running="77", **log(A, reason="")), "tail -c 300 run.log", "this commit's"),
-    "another trains": (night(BASE, at=A, running="77"), "tail -c 300 run.log", "whose"),
+    "another trains": (night(BASE, at=A, running="77"), "tail -c 300 run.log", "perhaps not yours"),
     "the run was killed": (night(BASE, at=A, **log(A, reason="")), train(1), "--crash"),
     "after the run": (night(BASE, [run_of(A, 1, 0.9)], A), adds("wider"), "without a row: 1"),
     "after the run, edited": (night(BASE, [run_of(A, 1, 0.9)], A, changed=True), "git diff", "then add the row"),
