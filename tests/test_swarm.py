@@ -127,7 +127,6 @@ def test_a_wave(cluster, environment, tmp_path, prepared):
 
     good = f"wave-{tried['good']}-1"
     wait_for(lambda: jobs()[good] == "RUNNING" and "waiting" in log(good))
-    assert list(jobs().values()).count("RUNNING") == 2
     assert (second_home / "current").read_text() == prepared  # prepared there by the job
     os.killpg(second.pid, signal.SIGKILL)
     wait_for(lambda: not {"PENDING", "RUNNING"} & set(jobs().values()))
