@@ -29,12 +29,15 @@ from night import checks
 from night.load import as_cells, fallbacks, in_utc, load_night, row_of
 from night.rows import STATUSES, Row, append_rows
 from night.rules import OVER, crashed_seed, has_crashed, next_step
+from night.waves import last_attempts, unwritten, winner
 from night.worth import (
+    FINAL_SEEDS,
     KEEP,
     PROMISING,
     TRIES,
     disturbed_tries,
     gain,
+    is_over,
     kept_commits,
     new_runs,
     noise_floor,
@@ -61,7 +64,7 @@ def print_status(folder):
     print(f"night:       {night.tag}, until {night.until}, {len(night.rows)} rows")
     print(f"benchmark:   {record['id']}, {record['settings']['time_budget']:g} s a run")
     if math.isnan(floor):
-        print("noise floor: unknown, no commit ran twice")
+        print("noise floor: unknown until a commit has two runs that count")
     else:
         limits = f"promising from {PROMISING * floor:+.6f}, keep from {KEEP * floor:+.6f}"
         print(f"noise floor: {floor:.6f}, pooled over all commits but the one that is judged; {limits}")
@@ -73,6 +76,7 @@ def print_status(folder):
     if best in scores:
         print(f"to beat:     {statistics.fmean(scores[best]):.6f}, {best}")
     print_commit(folder, night, best, scores)
+    print_wave(night, best)
     for row in night.rows[-LAST_ROWS:]:
         print(f"  {row.commit} {row.val_bpb:.6f} {row.status:<7} {row.description:.100}")
     for problem in problems:
@@ -101,6 +105,29 @@ def print_commit(folder, night, best, scores):
             print(f"  warning: {warning}")
     for line in fallbacks(folder / "run.log"):
         print(f"  warning: run.log: {line}")
+
+
+def print_wave(night, best):
+    """The commits of a wave that are not decided, the best first, and what is out."""
+    runs = [run for commit_runs, _ in unwritten(night).values() for run in commit_runs]
+    scores = scores_of(night.rows, runs)
+    attempts = last_attempts(night)
+
+    # jobs that are out, and then what came in, against the last keep
+    out = [job["job"] for job in attempts.values() if job["state"] == "out"]
+    if out:
+        print(f"wave:        {len(out)} jobs are out: {', '.join(out)}")
+    if best not in scores:
+        return
+    tried = dict.fromkeys(commit for commit, _ in attempts if commit in scores and commit not in kept_commits(night))
+    for commit in sorted(tried, key=lambda commit: -gain(commit, best, scores)):
+        gained = gain(commit, best, scores)
+        words = verdict(commit, best, scores)
+        print(f"wave:        {commit} gains {gained:+.6f}, runs {len(scores[commit])}: {words}, {subject_of(commit)}")
+
+
+def subject_of(commit):
+    return git("log", "-1", "--format=%s", commit) or "no subject"
 
 
 def print_next(night):
@@ -136,11 +163,38 @@ def add(folder, description, forced=None):
     if forced == "keep" and night.head not in kept_commits(night):
         refuse_worse(night, scores)
     status = forced or status_of(night, scores)
+    if forced == "discard":
+        description += ", dropped"
     rows = [row_of(run, status, description) for run in counted]
     rows += crash_rows(night, description, forced)
     if not rows:
         raise SystemExit(f"nothing to add: {night.head} has no run without a row; see `uv run ledger.py`")
 
+    write_rows(folder, rows, problems)
+
+
+def add_wave(folder):
+    """Write the rows of a wave's jobs that have none. Raises SystemExit if nothing is to write."""
+    night, _, problems = load_night(folder)
+    results = unwritten(night)
+    if not results:
+        raise SystemExit("nothing to add: every job of the wave that has come in has its row; see `uv run ledger.py`")
+
+    # only one commit is kept: a second winner is combined with it, and runs again
+    kept = [*kept_commits(night), winner(night, results)]
+    rows = []
+    for commit, (runs, crashes) in results.items():
+        status = "keep" if commit in kept else "discard"
+        subject = "baseline" if commit == night.start else subject_of(commit)
+        for run in runs:
+            is_final = is_over(night) and run["seed"] in FINAL_SEEDS
+            rows.append(row_of(run, status, f"{subject}, final" if is_final else subject))
+        for seed, reason in crashes:
+            rows.append(Row(commit, math.nan, 0.0, "crash", f"{subject}: {reason}, seed {seed}", 0))
+    write_rows(folder, rows, problems)
+
+
+def write_rows(folder, rows, problems):
     append_rows(folder / "results.tsv", [as_cells(row) for row in rows])
     for problem in problems:
         print(f"warning: {problem}")
@@ -220,6 +274,9 @@ def start(folder, tag, until="never"):
     state = {"tag": tag, "until": until, "started": started, "commit": commit}
     (folder / "night.json").write_text(json.dumps(state) + "\n")
     (folder / "run.log").unlink(missing_ok=True)
+    ideas = folder / "ideas.md"
+    if not ideas.exists():
+        ideas.write_text("# Ideas\n\n## Backlog\n\n## What each try taught\n")
     print(f"branch autoresearch/{tag}, until {until}")
     print_next(load_night(folder)[0])
 
@@ -307,21 +364,31 @@ def parse_arguments(arguments=None):
     begin.add_argument("tag", help="a name for the night, such as nov28")
     begin.add_argument("--until", default="never", help="07:00, 2026-11-28T07:00, 40 (rows) or never, the default")
     row = commands.add_parser("add", allow_abbrev=False, help="write the rows of this commit's runs")
-    row.add_argument("description", help="what was tried, and the gain that was expected")
+    row.add_argument("description", nargs="?", help="what was tried, and the gain that was expected")
+    row.add_argument("--wave", action="store_true", help="instead: the rows of the wave's jobs (swarm/program.md)")
     choice = row.add_mutually_exclusive_group()
     for status in STATUSES:
         choice.add_argument(
             f"--{status}", action="store_const", const=status, dest="status", help=f"make it a {status}"
         )
     commands.add_parser("open", allow_abbrev=False, help="exit 0 while the night goes on")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+
+    # argparse has no group of which exactly one is a positional argument
+    if options.command == "add" and options.wave != (options.description is None):
+        row.error("a description, or --wave without one")
+    return options
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a description shows ? in it
+
+    # a terminal that cannot print a description shows ? in it
+    sys.stdout.reconfigure(errors="replace")
     if options.command == "start":
         start(ROOT, options.tag, options.until)
+    elif options.command == "add" and options.wave:
+        add_wave(ROOT)
     elif options.command == "add":
         add(ROOT, options.description, options.status)
     elif options.command == "open":

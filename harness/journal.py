@@ -237,7 +237,7 @@ def time_flags(run):
     if training > LATE_FLAG * budget:
         found.append(f"trained for {training:.1f} s, budget {budget:g} s")
     if scoring > SCORING_SHARE * budget + SCORING_SECONDS:
-        found.append(f"scored for {scoring:.0f} s: scoring is no training (or was the machine busy?)")
+        found.append(f"scored for {scoring:.0f} s, over a fifth of the budget and 5 s: was the machine busy?")
     if run.get("slow_steps_percent", 0) > SLOW_FLAG:
         found.append(f"{run['slow_steps_percent']:.0f}% of the time in slow steps")
     return found

@@ -79,7 +79,7 @@ def git_problems(folder, tag):
 
 def branch_problems(folder, tag):
     found = []
-    is_name = re.fullmatch(r"[A-Za-z0-9._-]+", tag)
+    is_name = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", tag)  # of a night on a hub: tag/agent
     if not is_name or not run_git(folder, "check-ref-format", "--branch", f"autoresearch/{tag}")[0]:
         found.append(f"'{tag}' is no name for a branch: take letters, digits, - and _")
     elif run_git(folder, "rev-parse", "--verify", "-q", f"refs/heads/autoresearch/{tag}")[0]:

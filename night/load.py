@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.journal import find_home, git, now, read_journal
 from night.checks import running_training
 from night.rows import Row, append_rows, read_rows
+from night.waves import add_runs, read_jobs
 from night.worth import Night, counting
 
 LOG_BYTES = 100_000  # of a log, at either end: a run may print what it likes
@@ -27,7 +28,9 @@ def load_night(folder):
 
     # rows name commits with any number of digits; a keep that git does not know could never be checked out
     rows, unread = read_rows(folder / "results.tsv")
-    problems += unread
+    jobs, unread_jobs = read_jobs(folder, known)
+    runs = night_runs(read_journal(find_home() / record["id"]), known)
+    problems += unread + unread_jobs + add_runs(runs, jobs, record, start)
     short = {commit[:7] for commit in known}
     for index, row in enumerate(rows):
         row = row._replace(commit=whole(row.commit, known))
@@ -45,7 +48,9 @@ def load_night(folder):
         lineage=line_of("HEAD", start),
         subject=git("log", "-1", "--format=%s") or "",
         rows=rows,
-        runs=night_runs(read_journal(find_home() / record["id"]), known),
+        runs=runs,
+        jobs=jobs,
+        wave=(folder / "wave" / "cluster.json").exists(),
         log=fresh_log(folder),
         running=running_training(),
         time=now(),
@@ -118,7 +123,7 @@ def load_state(path):
     # every night's first commit names it
     first = git("log", "-1", "--extended-regexp", "--grep=^autoresearch/[^ ]+: start$", "--format=%H %s") or ""
     if not first:
-        raise SystemExit("no night here: uv run ledger.py start <tag> --until 07:00")
+        raise SystemExit("no night here: see Set-up in program.md\nnext: uv run ledger.py start <tag> --until <when>")
     commit, subject = first.split(" ", 1)
     tag = subject.removeprefix("autoresearch/").removesuffix(": start")
     problem = "night.json is lost: its tag and first commit are read from git, but the night ends only by hand now"

@@ -4,15 +4,17 @@ their test is a table of nights.
 """
 
 import math
-import re
-from collections import namedtuple
 
+from night.steps import DROP, Step, add_step, go_to, run_step, submit_step
+from night.waves import last_attempts, with_a_wave
 from night.worth import (
     FINAL_SEEDS,
     TRIES,
     confirmed_gain,
     disturbed_tries,
     first_free,
+    is_given_up,
+    is_over,
     kept_commits,
     new_runs,
     pair,
@@ -25,9 +27,6 @@ BASELINE_SEEDS = (1, 2, 3)
 DRIFT_ROWS = 20  # after which the baseline runs once more
 PRUNING_IDEAS = 8  # after which something that was kept is taken out, to see
 OVER = "# the night is over"
-DROP = "git checkout HEAD -- train.py"
-
-Step = namedtuple("Step", ["command", "reason"])
 
 
 def next_step(night):
@@ -35,6 +34,7 @@ def next_step(night):
     best = kept_commits(night)[-1]
     return (
         in_trouble(night)
+        or with_a_wave(night)
         or off_the_line(night, best)
         or after_a_run(night)
         or in_baseline(night)
@@ -42,40 +42,6 @@ def next_step(night):
         or at_the_end(night, best)
         or with_the_next_idea(night, best)
     )
-
-
-# --------------------------------------
-# Steps
-
-
-def run_step(night, seed, reason):
-    # its log is of this run and says no error, but there is no score
-    scored = [run["seed"] for run in night.runs if run["commit"][:7] == night.head]
-    if night.log == {"commit": night.head, "seed": seed, "reason": ""} and seed not in scored:
-        reason += "; its last run was cut off (if memory ran out, add it with --crash)"
-    return Step(f"AUTORESEARCH_SEED={seed} uv run train.py > run.log 2>&1", reason)
-
-
-def add_step(night, reason):
-    return Step(f"uv run ledger.py add '{describe(night)}'", reason)
-
-
-def go_to(commit, night, reason):
-    if commit == night.start:
-        return Step(f"git checkout -q --detach {commit}", reason)
-    return Step(f"git checkout -q autoresearch/{night.tag}", reason)
-
-
-def describe(night):
-    """What the next row says, if nobody says it better."""
-    seeds = [run["seed"] for run in new_runs(night)[0]] or [night.log.get("seed")]
-    ending = ", final" if is_over(night) and seeds[0] in FINAL_SEEDS else ""
-    if night.head == night.start:
-        return f"baseline{ending}"
-    if ending and night.head == kept_commits(night)[-1]:
-        return "last keep, final"
-    subject = re.sub(r"[^ -&(-~]+", " ", night.subject).strip(" -")  # printable ASCII, no quotes, not like an option
-    return subject or "no subject"
 
 
 # --------------------------------------
@@ -89,15 +55,15 @@ def in_trouble(night):
         return Step(DROP, "train.py has conflict markers: begin again, by hand")
     if night.conflict and night.head != night.start:
         return Step("git reset -q --keep HEAD^", "train.py was committed with conflict markers")
-    if night.running:
+    if night.running and not any(job["state"] == "out" for job in last_attempts(night).values()):
         kind = "another training, perhaps not yours, runs"
         if night.log.get("commit") == night.head:
             kind = "this commit's training runs"
         return Step("tail -c 300 run.log", f"{kind} (pid {night.running}): wait for it")
     if night.stray:
-        return Step("git status --short", f"{night.stray} is not as in HEAD, so no run counts: restore or move it")
+        return Step(f"# restore or move {night.stray}", "it is not as in HEAD, so no run counts")
     if night.branch not in ("", branch) and night.changed:
-        return Step("git status --short", f"train.py has changes, and this is not {branch}: commit or drop them")
+        return Step("# train.py has changes: commit them, or drop them", f"this is not {branch}")
     if night.branch not in ("", branch):
         return Step(f"git checkout -q {branch}", "this is not the branch of the night")
     return None
@@ -129,7 +95,7 @@ def after_a_run(night):
     """Rows that are missing, and runs that do not count."""
     counted, _ = new_runs(night)
     if night.changed and (counted or has_crashed(night)):
-        return Step("git diff", f"runs of HEAD have no row, but train.py has changes: {DROP}, then add the row")
+        return Step(f"# note your idea, then drop it: {DROP}", "runs of HEAD have no row, but train.py has changes")
     if counted:
         return add_step(night, f"runs of this commit without a row: {len(counted)}")
     if has_crashed(night):
@@ -137,11 +103,12 @@ def after_a_run(night):
     if night.changed:
         return None
 
+    # a run that was disturbed is repeated, but not for ever, and no idea's first run after the end
     seed, tries = disturbed_tries(night)
     if tries >= TRIES:
         return add_step(night, f"disturbed {tries} times: give it up")
-    if tries:
-        return run_step(night, seed, "disturbed: stop what else runs here, or wait ten minutes, then run it again")
+    if tries and (seed in FINAL_SEEDS or not is_over(night)):
+        return run_step(night, seed, "disturbed: look what else runs here (`uptime`), then run it again")
     return with_a_run_elsewhere(night)
 
 
@@ -173,8 +140,12 @@ def in_baseline(night):
     missing = [seed for seed in BASELINE_SEEDS if seed not in seeds]
     if night.start not in scores_of(night.rows) and len(seeds) >= 2:
         return Step("tail -c 1500 run.log", "the untouched train.py does not run here: tell the human")
-    if not missing:
+    if not missing or is_over(night):
         return None
+
+    # its jobs are clones of a commit, so it does not matter what is checked out here
+    if night.wave:
+        return submit_step([(night.start, seed) for seed in missing], "the baseline")
     if night.changed:
         return Step(DROP, "the baseline is the untouched train.py: note your idea, and drop it here")
     if night.head != night.start:
@@ -189,24 +160,13 @@ def with_an_idea(night, best):
     scores = scores_of(night.rows)
     seeds = seeds_of(night.head, night)
     if night.changed:
-        return Step("git diff", f"train.py has changes: commit them, or drop them with `{DROP}`")
+        return Step("# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
     if not seeds and not is_over(night):
         return run_step(night, 1, "a new idea")
-    crashed = any(row.commit == night.head and row.status == "crash" for row in night.rows)
-    if not crashed and night.head in scores and verdict(night.head, best, scores) == "promising":
+    if not is_given_up(night.head, night) and night.head in scores and verdict(night.head, best, scores) == "promising":
         return run_step(night, first_free(seeds), "promising: the second run decides")
     store = f"git update-ref refs/tries/{night.head} {night.head}"
     return Step(f"{store} && git reset -q --keep {best}", "it is not kept: store the try, and go back")
-
-
-def is_over(night):
-    """Whether no new idea may start."""
-    if night.until == "never":
-        return False
-    if night.until.isdecimal():
-        ideas = [row for row in night.rows if not re.search(r", final, seed \d+$", row.description)]
-        return len(ideas) >= int(night.until)
-    return night.time >= night.until
 
 
 def final_runs(night, best):
@@ -223,18 +183,28 @@ def at_the_end(night, best):
         return None
     if night.changed:
         return Step(DROP, "the end: no new idea starts")
-    for commit, seed in final_runs(night, best):
+
+    # a cluster has room for all of them at once; one machine takes them in turns
+    missing = final_runs(night, best)
+    if missing and night.wave:
+        return submit_step(missing, "the end: what was gained, on seeds that selected nothing")
+    for commit, seed in missing:
         if night.head == commit:
             return run_step(night, seed, "the end: what was gained, on seeds that selected nothing")
         return go_to(commit, night, "the end: in turns, the baseline and the last keep")
     if not night.branch:
         return go_to("", night, "back to the branch")
+    return Step(OVER, result_of(night, best))
+
+
+def result_of(night, best):
+    """What the night has come to, in words."""
     if best == night.start:
-        return Step(OVER, "nothing was kept")
+        return "nothing was kept"
     gained = confirmed_gain(night)
     if math.isnan(gained):
-        return Step(OVER, "the final runs have no score, so no gain is confirmed")
-    return Step(OVER, f"the gain to report, on fresh seeds: {gained:+.6f}")
+        return "the final runs have no score, so no gain is confirmed"
+    return f"the gain to report, on fresh seeds: {gained:+.6f}"
 
 
 def with_the_next_idea(night, best):
@@ -247,7 +217,7 @@ def with_the_next_idea(night, best):
 
     # is the machine still what it was?
     latest = [row.commit for row in night.rows[-DRIFT_ROWS:]]
-    if len(night.rows) > DRIFT_ROWS and night.start not in latest and best != night.start:
+    if not night.wave and len(night.rows) > DRIFT_ROWS and night.start not in latest and best != night.start:
         if night.head == night.start:
             return run_step(night, 1, "the baseline once more, to see drift")
         return go_to(night.start, night, f"no baseline in {DRIFT_ROWS} rows: run it once more, to see drift")

@@ -12,6 +12,7 @@ KEEP = 1 / 2  # ... and what the runs after it must gain
 FINAL_SEEDS = (4, 5)  # that selected nothing: they tell what the night has gained
 TRIES = 3  # of a run that is disturbed; then it is a crash
 SLOW_RUN = 0.5  # of the most steps that a run of the same commit has made
+DROPPED = r", dropped, seed \d+$"  # how the description ends of what was added with --discard
 EXACT, ROUNDED = 1e-6, 6e-4  # how far the score of a row may be from its run's; some hands write three digits
 
 
@@ -29,11 +30,29 @@ class Night:
     rows: list = field(default_factory=list)  # of results.tsv
     runs: list = field(default_factory=list)  # of the journal, of this night's commits: dicts, oldest first
     log: dict = field(default_factory=dict)  # of run.log, if it is newer than the last row: see read_log
+    jobs: list = field(default_factory=list)  # of its waves, in order of their attempts: see waves.read_jobs
+    wave: bool = False  # a cluster is open: runs are sent to it
     running: str = ""  # the pid of a training that holds a device
     changed: bool = False  # train.py differs from HEAD
     stray: str = ""  # another .py file that differs, or that git does not know: runs beside it are "dirty"
     conflict: bool = False  # train.py has conflict markers, in HEAD or in the folder
     time: str = ""  # now
+
+
+def is_over(night):
+    """Whether no new idea may start."""
+    if night.until == "never":
+        return False
+    if night.until.isdecimal():
+        ideas = [row for row in night.rows if not re.search(r", final, seed \d+$", row.description)]
+        return len(ideas) >= int(night.until)
+    return night.time >= night.until
+
+
+def is_given_up(commit, night):
+    """Whether it has crashed, or its first run was added with --discard."""
+    own = [row for row in night.rows if row.commit == commit]
+    return any(row.status == "crash" or re.search(DROPPED, row.description) for row in own)
 
 
 # --------------------------------------

@@ -435,7 +435,7 @@ def test_scoring_that_takes_long_is_flagged():
     """More than a fifth of the budget and five seconds: there a model could be trained, or searched for."""
     run = dict(time_budget=60, seed=42, dirty=False, same_harness=True)
     assert journal.flags(run | {"scoring_seconds": 16.9}) == []
-    assert journal.flags(run | {"scoring_seconds": 17.1})[0].startswith("scored for 17 s: scoring is no training")
+    assert journal.flags(run | {"scoring_seconds": 17.1})[0].startswith("scored for 17 s, over a fifth")
 
 
 # --------------------------------------

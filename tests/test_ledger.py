@@ -391,6 +391,41 @@ def test_add_of_a_crash(name, clone):
     assert clone.next() == IDEA and clone.head() == start, "an old log is of no other commit"
 
 
+def test_add_of_a_wave(clone):
+    """Jobs become rows: the best of two winners is kept, the branch moves there, and what cannot be read is said."""
+    start = clone.baseline()
+    tried = {}
+    for name in ("good", "better", "slip"):
+        tried[name] = clone.commit(f"{name}; expect +0.01")
+        clone.git("update-ref", f"refs/tries/{tried[name]}", "HEAD")
+        clone.git("reset", "-q", "--keep", start)
+    results = clone.folder / "wave" / "results"
+    results.mkdir(parents=True)
+    for name, seed, state, score in (
+        *(("good", seed, "scored", 0.98) for seed in (1, 2, 3)),
+        *(("better", seed, "scored", 0.97) for seed in (1, 2, 3)),
+        ("slip", 1, "crash", None),
+    ):
+        commit = clone.git("rev-parse", tried[name])
+        job = {"job": f"test-{tried[name]}-{seed}-1", "commit": commit, "seed": seed, "attempt": 1, "state": state}
+        job |= {"benchmark": "local", "dirty": False, "steps": 10, "peak_memory_mb": 2048.0, "time": f"{seed}"}
+        job |= {"val_bpb": score + 0.0001 * seed} if score else {"reason": "SyntaxError: no"}
+        (results / f"{job['job']}.json").write_text(json.dumps(job))
+    (results / "torn.json").write_text("{")
+    assert clone.next() == "uv run ledger.py add --wave"
+    added = clone.call(ledger.add_wave)
+    assert "torn.json of the wave cannot be read" in added
+    words = {tried["good"]: "discard", tried["better"]: "keep", tried["slip"]: "crash"}
+    rows = {(row[0], row[3], row[4].rpartition(", seed ")[2]) for row in clone.rows()[3:]}
+    assert rows == {(commit, words[commit], str(seed)) for commit in tuple(words)[:2] for seed in (1, 2, 3)} | {
+        (tried["slip"], "crash", "1")
+    }
+    assert "slip; expect +0.01: SyntaxError: no, seed 1" in added
+    assert clone.next() == f"git reset -q --keep {tried['better']}"
+    with pytest.raises(SystemExit, match="nothing to add: every job"):
+        ledger.add_wave(clone.folder)
+
+
 def test_a_log_of_a_commit_that_was_amended_is_not_of_the_new_one(clone):
     clone.baseline()
     clone.commit()

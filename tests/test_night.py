@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ledger
-from night import load, worth
+from night import load, waves, worth
 from night.rows import Row, append_rows, read_rows
 from night.rules import OVER, next_step
 from night.worth import Night, gain, noise_floor, scores_of, verdict
@@ -94,6 +94,7 @@ FINALS = [(commit, 0.99, "keep", f"x, final, seed {seed}") for seed in (4, 5) fo
 MANY = [*KEPT, *((f"{n:07}", 1.1, "discard", "no, seed 1") for n in range(1, 21))]
 CRASH = (A, 0, "crash", "wider: ValueError: no, seed 1")
 SLOW = dict(slow_steps_percent=30.0)
+CHANGES = "# train.py has changes: commit them, or drop them"
 IDEA, DROP, BRANCH = "# a new idea: edit train.py", "git checkout HEAD -- train.py", "git checkout -q autoresearch/test"
 TO_START = f"git checkout -q --detach {S}"
 END = "2026-11-28T07:00:00+00:00"
@@ -126,12 +127,16 @@ NIGHTS = {
     # an idea
     "edited": (night(BASE, changed=True), "# a new idea is in train.py: finish it", "git commit"),
     "committed": (night(BASE, at=A), train(1), "a new idea"),
-    "committed and edited": (night(BASE, at=A, changed=True), "git diff", "commit them"),
+    "committed and edited": (night(BASE, at=A, changed=True), CHANGES, "to drop them"),
     "in mid-run": (night(BASE, at=A, running="77", **log(A, reason="")), "tail -c 300 run.log", "this commit's"),
     "another trains": (night(BASE, at=A, running="77"), "tail -c 300 run.log", "perhaps not yours"),
     "the run was killed": (night(BASE, at=A, **log(A, reason="")), train(1), "--crash"),
     "after the run": (night(BASE, [run_of(A, 1, 0.9)], A), adds("wider"), "without a row: 1"),
-    "after the run, edited": (night(BASE, [run_of(A, 1, 0.9)], A, changed=True), "git diff", "then add the row"),
+    "after the run, edited": (
+        night(BASE, [run_of(A, 1, 0.9)], A, changed=True),
+        f"# note your idea, then drop it: {DROP}",
+        "no row",
+    ),
     "after a run, detached": (night(BASE, [run_of(A, 1, 0.9)], A, branch=""), adds("wider"), "row"),
     "two runs without a row": (night(BASE, [run_of(A, n, 0.9) for n in (1, 2)], A), adds("wider"), "without a row: 2"),
     "a subject with quotes": (
@@ -179,9 +184,9 @@ NIGHTS = {
     # trouble
     "markers in the folder": (night(BASE, conflict=True, changed=True), DROP, "conflict"),
     "markers in the commit": (night(BASE, at=A, conflict=True), "git reset -q --keep HEAD^", "conflict"),
-    "a stray file": (night(BASE, stray="new.py"), "git status --short", "new.py"),
+    "a stray file": (night(BASE, stray="new.py"), "# restore or move new.py", "no run counts"),
     "another branch": (night(BASE, branch="main", lineage=()), BRANCH, "not the branch"),
-    "another branch, edited": (night(BASE, branch="main", changed=True), "git status --short", "not autoresearch/test"),
+    "another branch, edited": (night(BASE, branch="main", changed=True), CHANGES, "not autoresearch/test"),
     "behind the last keep": (night(KEPT), f"git reset -q --keep {A}", "on top"),
     "beside the last keep": (night(KEPT, at=B), f"git reset -q --keep {A}", "on top"),
     "an idea on no branch": (night(BASE, at=A, branch=""), f"{BRANCH} && git reset -q --keep {A}", "no branch"),
@@ -208,7 +213,23 @@ NIGHTS = {
     "the end, edited": (night(KEPT, at=A, until="5", changed=True), DROP, "no new idea"),
     "the end, an idea that never ran": (night(KEPT, at=B, lineage=(S, A, B), until="5"), back(B, A), "not kept"),
     "the end, promising": (night(FIRST, at=A, until="4"), train(2), "promising"),
-    "the end, baseline incomplete": (night(BASE[:2], until="1"), train(3), "baseline"),
+    "the end, baseline incomplete": (night(BASE[:2], until="1"), OVER, "nothing was kept"),
+    "the end, baseline disturbed": (
+        night(new=[run_of(S, 1, 1.0, **SLOW)], until=END, time=END),
+        OVER,
+        "nothing was kept",
+    ),
+    "the end, an idea disturbed": (night(BASE, [run_of(A, 1, 0.9, **SLOW)], A, until="3"), back(A), "not kept"),
+    "the end, a final run disturbed": (
+        night(KEPT, [run_of(S, 4, 1.0, **SLOW)], branch="", until="5"),
+        train(4),
+        "disturbed",
+    ),
+    "promising, but added with --discard": (
+        night([*BASE, (A, 0.98, "discard", "wider, dropped, seed 1")], at=A),
+        back(A),
+        "not kept",
+    ),
     "final baseline, 4": (night(KEPT, branch="", until="5"), train(4), "the end"),
     "final baseline, run": (night(KEPT, [run_of(S, 4, 1.0)], branch="", until="5"), adds("baseline, final"), "row"),
     "then the last keep": (night([*KEPT, *FINALS[:1]], branch="", until="5"), BRANCH, "in turns"),
@@ -231,6 +252,87 @@ NIGHTS = {
         "no gain",
     ),
 }
+
+
+def job(commit, seed, state, attempt=1, **changes):
+    name = f"test-{commit}-{seed}-{attempt}"
+    return {"job": name, "commit": commit + 33 * "0", "seed": seed, "state": state, "attempt": attempt} | changes
+
+
+def wave(rows, jobs, at=S, **changes):
+    """A night whose cluster is open: the runs of jobs that have a score count as any others."""
+    scored = [run_of(other["commit"][:7], other["seed"], 0.9) | other for other in jobs if other["state"] == "scored"]
+    return night(rows, scored, at, jobs=jobs, **{"wave": True} | changes)
+
+
+def submits(*pairs):
+    return "uv run --group cluster swarm/wave.py submit " + " ".join(pairs)
+
+
+ADDS, COLLECT = "uv run ledger.py add --wave", "uv run --group cluster swarm/wave.py collect"
+NIGHTS |= {
+    "wave: the baseline": (wave([], []), submits(f"{S}:1", f"{S}:2", f"{S}:3"), "baseline"),
+    "wave: jobs are out": (wave(BASE, [job(A, 1, "out")]), COLLECT, "out: 1"),
+    "wave: out, on this machine": (wave(BASE, [job(A, 1, "out")], running="77"), COLLECT, "out"),
+    "wave: a stranger trains": (wave(BASE, [], running="77"), "tail -c 300 run.log", "not yours"),
+    "wave: a run came in": (wave(BASE, [job(A, 1, "scored")]), ADDS, A),
+    "wave: one came in, one is out": (wave(BASE, [job(A, 2, "scored"), job(A, 3, "out")]), COLLECT, "out: 1"),
+    "wave: a crash": (wave(BASE, [job(A, 1, "crash", reason="no")]), ADDS, A),
+    "wave: the cluster is closed": (wave(BASE, [job(A, 1, "scored")], wave=False), ADDS, A),
+    "wave: a crash with its row": (wave([*BASE, CRASH], [job(A, 1, "crash")]), IDEA, "commit it"),
+    "wave: promising": (
+        wave([*FIRST, (B, 0.9, "discard", "x, seed 1")], [job(A, 1, "-"), job(B, 1, "-"), job(B, 2, "out")]),
+        COLLECT,
+        "out",
+    ),
+    "wave: two are promising": (
+        wave([*FIRST, (B, 0.9, "discard", "x, seed 1")], [job(A, 1, "-"), job(B, 1, "-")]),
+        submits(f"{A}:2", f"{A}:3", f"{B}:2", f"{B}:3"),
+        "promising",
+    ),
+    "wave: one of them was dropped": (
+        wave([*FIRST, (B, 0.9, "discard", "x, dropped, seed 1")], [job(A, 1, "-"), job(B, 1, "-")]),
+        submits(f"{A}:2", f"{A}:3"),
+        "promising",
+    ),
+    "wave: a node went": (wave(BASE, [job(A, 1, "lost")]), submits(f"{A}:1"), "again"),
+    "wave: sent again": (wave(BASE, [job(A, 1, "lost"), job(A, 1, "out", 2)]), COLLECT, "out"),
+    "wave: disturbed": (wave(BASE, [job(A, 1, "scored", **SLOW)]), submits(f"{A}:1"), "again"),
+    "wave: lost three times": (wave(BASE, [job(A, 1, "lost", n) for n in (1, 2, 3)]), ADDS, A),
+    "wave: kept": (wave(KEPT, [job(A, 1, "-")]), f"git reset -q --keep {A}", "not on top"),
+    "wave: an idea on the branch": (wave(BASE, [], A), submits(f"{A}:1"), "a new idea"),
+    "wave: no drift": (wave(MANY, [], A), IDEA, "commit it"),
+    "wave: the end": (
+        wave(KEPT, [], A, until="5"),
+        submits(f"{S}:4", f"{A}:4", f"{S}:5", f"{A}:5"),
+        "the end",
+    ),
+}
+
+
+def test_one_commit_of_a_wave_is_kept():
+    """The best of those that the rule keeps; the first run of each, which was the luckiest, says nothing."""
+    jobs = [job(commit, seed, "scored") for commit in (A, B, "ccccccc") for seed in (1, 2, 3)]
+    scores = {A: [0.93, 0.95, 0.96], B: [0.955, 0.94, 0.95], "ccccccc": [0.98, 0.99, 1.01]}
+    for other in jobs:
+        other["val_bpb"] = scores[other["commit"][:7]][other["seed"] - 1]
+    state = wave(BASE, jobs)
+    assert waves.winner(state, waves.unwritten(state)) == B
+    assert waves.winner(wave(BASE, jobs[6:]), waves.unwritten(wave(BASE, jobs[6:]))) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [({}, 1), ({"benchmark": "another"}, 0), ({"device": "A100"}, 0), ({"commit": S + 33 * "0", "seed": 1}, 0)],
+    ids=["like the baseline", "another benchmark", "another device", "the journal has it"],
+)
+def test_runs_of_a_wave_compare(changes, counts):
+    here = run_of(S, 1, 1.0, device="H100", time="1")
+    runs = [here]
+    sent = run_of(A, 1, 0.9, device="H100", time="1", benchmark="this", state="scored", job="x") | changes
+    problems = waves.add_runs(runs, [sent], {"id": "this"}, here["commit"])
+    assert len(runs) - 1 == counts
+    assert len(problems) == (1 if "benchmark" in changes or "device" in changes else 0)
 
 
 @pytest.mark.parametrize("name", NIGHTS)
@@ -258,6 +360,13 @@ some_runs = st.builds(
     dirty=st.sampled_from([True, False, None]),
     steps=st.sampled_from([0, 400, 1000]),
 )
+some_jobs = st.builds(
+    lambda commit, seed, state, attempt: job(commit, seed, state, attempt),
+    commits,
+    st.integers(1, 5),
+    st.sampled_from(["out", "scored", "crash", "lost"]),
+    st.integers(1, 4),
+)
 some_logs = st.builds(lambda c, seed, reason: log(c, seed, reason)["log"], commits, st.integers(0, 5), st.text())
 
 
@@ -279,13 +388,15 @@ some_logs = st.builds(lambda c, seed, reason: log(c, seed, reason)["log"], commi
         changed=st.booleans(),
         stray=st.sampled_from(["", "new.py"]),
         conflict=st.booleans(),
+        jobs=st.lists(some_jobs, max_size=4),
+        wave=st.booleans(),
     )
 )
 def test_next_step_never_raises(state):
     step = next_step(state)
     assert step.command and step.reason
     if "ledger.py add" in step.command:
-        assert re.fullmatch(r"uv run ledger.py add '[ -&(-~]+'", step.command)
+        assert re.fullmatch(r"uv run ledger.py add ('[ -&(-~]+'|--wave)", step.command)
 
 
 class Player:
