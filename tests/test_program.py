@@ -60,6 +60,8 @@ def agent(prepared, tmp_path, environment):
     (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
     agent = Researcher(new_repository(tmp_path / "clone", environment), environment, PROGRAM)
     weaken(agent.folder)
+    agent.edit(("^BASELINE_SEEDS = .*", "BASELINE_SEEDS = (1, 2)"), file="night/rules.py")  # fewer runs of a kind
+    agent.edit(("^FINAL_SEEDS = .*", "FINAL_SEEDS = (4,)"), file="night/worth.py")
     agent.git("commit", "-qam", "weak")
     return agent
 
@@ -71,11 +73,11 @@ def another(agent):
 
 def test_a_night(agent):
     """
-    A keep, a discard, a syntax error, a NaN, a run over its budget; a run that ends while nobody watches; one in which
+    A keep, a discard, a syntax error, a run over its budget; a run that ends while nobody watches; one in which
     the agent is killed and that hangs; then the end of the night, with its final runs.
     """
     tracked = agent.git("ls-files")
-    assert "next: AUTORESEARCH_SEED=1 uv run train.py" in agent.sh("start", tag="test", when=10)
+    assert "next: AUTORESEARCH_SEED=1 uv run train.py" in agent.sh("start", tag="test", when=8)
     start = agent.head()
 
     # a run that ends while nobody watches is added, and not run again
@@ -84,7 +86,7 @@ def test_a_night(agent):
     agent = another(agent)
     assert agent.look()[0] == agent.line("add", description="baseline")
     assert agent.go_on()[0] == "# a new idea: edit train.py"
-    assert [(row[0], row[3]) for row in agent.rows()[1:]] == [(start, "keep")] * 3 and agent.rows()[1][1] == score
+    assert [(row[0], row[3]) for row in agent.rows()[1:]] == [(start, "keep")] * 2 and agent.rows()[1][1] == score
     assert agent.run("ledger.py", "open").returncode == 0
 
     restore = [(rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK]
@@ -93,12 +95,10 @@ def test_a_night(agent):
     ideas = {
         "rates to nothing": (r"^(\w+_LR +)= ", r"\1= 1e-6 * "),
         "a slip": (r"^def norm\(x\):", "def norm(x:"),
-        "wild rates": (r"^(\w+_LR +)= ", r"\1= 1e9 * "),
         "too slow": (r"^    clock.stop\(\)", "    time.sleep(3)\n    clock.stop()"),
     }
     logs = {idea: agent.attempt(idea, edit)[1] for idea, edit in ideas.items()}
     assert "SyntaxError" in logs["a slip"]
-    assert "; lower the learning rates" in logs["wild rates"]
     assert "not scored: trained for" in logs["too slow"]
     assert agent.head() == kept
 
@@ -122,7 +122,7 @@ def test_a_night(agent):
     assert f"added: {agent.head()} 0.000000 crash, lost" in added
     (agent.folder / "program.md").write_text("edited by the human")
 
-    # ten rows are the end: the baseline and the last keep run on fresh seeds, and the loop around the agent ends
+    # eight rows are the end: the baseline and the last keep run on fresh seeds, and the loop around the agent ends
     assert agent.go_on()[0] == "# the night is over"
     assert re.search(r"gain to report, on fresh seeds: \+\d", agent.look()[1])
     assert agent.run("ledger.py", "open").returncode == 1
@@ -132,20 +132,20 @@ def test_a_night(agent):
     for arguments in ([], ["--time-budget", "900"]):
         process = agent.run("prepare.py", *arguments)
         assert process.returncode == 1 and "leave the branch first" in process.stderr
-    assert "this night exists" in agent.sh("start", tag="test", when=10, check=False)
+    assert "this night exists" in agent.sh("start", tag="test", when=8, check=False)
 
     # nothing is lost, and the branch holds the keeps
     rows = agent.rows()
     assert rows[0] == list(COLUMNS)
-    tried = ["baseline"] * 3 + ["rates up"] * 2 + [*ideas, "lost"] + ["baseline, final", "last keep, final"] * 2
+    tried = ["baseline"] * 2 + ["rates up"] * 2 + [*ideas, "lost", "baseline, final", "last keep, final"]
     assert [re.split("; expect|: |, seed", row[4])[0] for row in rows[1:]] == tried
-    statuses = ["keep"] * 3 + ["discard", "keep", "discard"] + ["crash"] * 4 + ["keep"] * 4
+    statuses = ["keep"] * 2 + ["discard", "keep", "discard"] + ["crash"] * 3 + ["keep"] * 2
     assert [row[3] for row in rows[1:]] == statuses
-    assert [re.search(r", seed (\d)$", row[4])[1] for row in rows[1:]] == list("12312111114455")
+    assert [re.search(r", seed (\d)$", row[4])[1] for row in rows[1:]] == list("1212111144")
     listed, problems = read_rows(agent.folder / "results.tsv")
     journal = read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
     pairs, left = pair(listed, journal)
-    assert [pairs[index]["seed"] for index in sorted(pairs)] == [1, 2, 3, 1, 2, 1, 4, 4, 5, 5]
+    assert [pairs[index]["seed"] for index in sorted(pairs)] == [1, 2, 1, 2, 1, 4, 4]
     assert not left and not problems
     for commit, *_ in rows[1:]:
         if commit not in (start, kept):
