@@ -266,7 +266,7 @@ def start(folder, tag, until="never"):
     # an old ledger is moved aside, over nothing
     ledger = folder / "results.tsv"
     if ledger.exists():
-        names = (f"results-before-{tag}{number}.tsv" for number in ("", *range(2, 1000)))
+        names = (f"results-before-{tag.replace('/', '-')}{number}.tsv" for number in ("", *range(2, 1000)))
         old = next(folder / name for name in names if not (folder / name).exists())
         os.replace(ledger, old)
         print(f"the ledger of another night is {old.name} now")

@@ -86,8 +86,9 @@ def branch_problems(folder, tag):
         found.append(f"this night exists: take another tag, or go on: git checkout autoresearch/{tag}")
 
     # git keeps branches as files: one of this name leaves no room for a folder
-    if run_git(folder, "rev-parse", "--verify", "-q", "refs/heads/autoresearch")[0]:
-        found.append("a branch `autoresearch` is in the way: git branch -m autoresearch old-autoresearch")
+    for parent in sorted({"autoresearch", f"autoresearch/{tag}".rpartition("/")[0]}):
+        if run_git(folder, "rev-parse", "--verify", "-q", f"refs/heads/{parent}")[0]:
+            found.append(f"a branch `{parent}` is in the way: git branch -m {parent} old-{parent.replace('/', '-')}")
     return found
 
 

@@ -5,7 +5,7 @@ their test is a table of nights.
 
 import math
 
-from night.steps import DROP, Step, add_step, go_to, run_step, submit_step
+from night.steps import DROP, NEW_IDEA, Step, add_step, go_to, run_step, submit_step
 from night.waves import last_attempts, with_a_wave
 from night.worth import (
     FINAL_SEEDS,
@@ -226,5 +226,5 @@ def with_the_next_idea(night, best):
 
     ideas = len({row.commit for row in night.rows} - {night.start})
     if ideas and ideas % PRUNING_IDEAS == 0 and best != night.start:
-        return Step("# a new idea: edit train.py", "a round of pruning: take out one thing that was kept, and see")
-    return Step("# a new idea: edit train.py", f"then commit it: {commit}")
+        return Step(NEW_IDEA, "a round of pruning: take out one thing that was kept, and see")
+    return Step(NEW_IDEA, f"then commit it: {commit}")

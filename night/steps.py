@@ -6,6 +6,7 @@ from collections import namedtuple
 from night.worth import FINAL_SEEDS, is_over, kept_commits, new_runs
 
 WAVE = "uv run --group cluster swarm/wave.py"
+NEW_IDEA = "# a new idea: edit train.py"
 DROP = "git checkout HEAD -- train.py"
 
 Step = namedtuple("Step", ["command", "reason"])

@@ -1,7 +1,7 @@
 """
 A night with the real Claude Code and the real Codex, whose model is scripted, and real runs of 3 seconds:
 
-    npm install --no-save --prefix .clients @anthropic-ai/claude-code@2.1.331 @openai/codex@0.169.0
+    npm install --no-save --prefix .clients @anthropic-ai/claude-code@2.1.332 @openai/codex@0.171.0
     uv run pytest -m clients
 
 No account, no network. The scripted model does what `uv run ledger.py` says.
@@ -15,9 +15,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, new_repository, wait_for, weaken
+from conftest import ROOT, new_repository, replace, wait_for, weaken
 from scripted_model import ScriptedModel
 
 import prepare
@@ -114,12 +115,17 @@ def kill(process):
 
 @pytest.fixture(params=["claude", "codex"])
 def client(request, prepared, tmp_path, environment):
+    replace(
+        tmp_path / "bin" / "uv",
+        (r"\A#!/bin/sh\n", '#!/bin/sh\n[ "$1" = sync ] && exec mkdir -p "$UV_PROJECT_ENVIRONMENT"\n'),
+    )
+    environment["PATH"] += f":{Path(sys.executable).parent}"  # where Ray's jobs find python
     (prepare.HOME / "current").write_text(prepared)
     (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
     folder = new_repository(tmp_path / "clone", environment)
     for name in (".claude", ".codex", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("analysis.ipynb", "program_swarm.md", "pyproject.toml"):
+    for name in ("analysis.ipynb", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     weaken(folder)
     for command in (["add", "-A"], ["commit", "-qm", "weak"]):
@@ -211,6 +217,72 @@ def test_the_night_goes_on(client):
     assert client.git("status", "--porcelain") == ""
     assert "Co-Authored-By" not in client.git("log", "--all", "--format=%B")
 
+
+# --------------------------------------
+# swarm/program.md under the same permissions
+
+
+def lines(*steps):
+    """Steps that run these lines, by their place."""
+    return [bash(f"{number} {line[:50]}", line) for number, line in enumerate(steps)]
+
+
+def outputs(came):
+    """What each line printed. None was refused."""
+    assert "denied" not in str(came) and "unsupported" not in str(came)
+    assert not [name for name, line in came.items() if line["error"]], came
+    return [line["result"] for line in came.values()]
+
+
+def test_a_hub(client, tmp_path):
+    """An agent joins, runs its baseline, tells what it will try, and shares its row."""
+    bare = tmp_path / "hub.git"
+    client.git("clone", "-q", "--bare", ".", str(bare))
+    train = "AUTORESEARCH_SEED=1 uv run train.py > run.log 2>&1"
+    came = client.play(
+        lines(
+            f"uv run swarm/hub.py join {bare} --tag night --agent ada --until 9",
+            train,
+            "uv run ledger.py add baseline",
+            "uv run swarm/hub.py say 'rates up'",
+            "uv run swarm/hub.py exchange",
+            "uv run swarm/hub.py look rates",
+        )
+    )
+    printed = outputs(came)
+    assert len(printed) == 6 and "next: " + train in printed[0]
+    assert "night/ada says: rates up" in printed[5]
+    shared = client.git("-C", str(bare), "grep", "-h", "", "refs/notes/results")
+    assert f'"val_bpb": {float(client.rows()[1][1])}' in shared and '"say": "rates up"' in shared
+    assert client.git("-C", str(bare), "branch", "--list", "autoresearch/night/ada") != ""
+
+
+def test_a_wave(client):
+    """Two runs of the baseline, sent to a cluster of this machine."""
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    wave = "uv run --group cluster swarm/wave.py"
+    client.ledger("start", "night", "--until", "9")
+    submitted = f"{wave} submit base:1 base:2"
+    came = client.play(
+        lines(
+            f"{wave} start",
+            f"{wave} new deeper",
+            submitted,
+            f"{wave} collect",
+            f"{wave} collect --wait 100",
+            "uv run ledger.py add --wave",
+            "uv run ledger.py",
+            f"{wave} stop",
+        )
+    )
+    printed = outputs(came)
+    assert [row[3] for row in client.rows()[1:]] == ["keep", "keep"]
+    assert f"next: {wave} submit" in printed[6] and "has ended" in printed[7]
+    assert client.git("status", "--porcelain") == ""
+
+
+# --------------------------------------
+# What is forbidden
 
 FORBIDDEN = {
     "sed": "sed -i 's/LATE_LIMIT = 1.1/LATE_LIMIT = 9.9/' prepare.py",

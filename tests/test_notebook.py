@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 import prepare
 import train
 from harness import journal
+from swarm import notes
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
 CODE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code")
@@ -27,7 +28,8 @@ def cells(home, tmp_path, monkeypatch):
     """Run all code cells in a folder with this ledger and journal; returns their variables."""
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(journal, "ROOT", tmp_path)  # whose folder is asked for notes
+    monkeypatch.setattr(journal, "ROOT", tmp_path)  # whose folder is asked for commits ...
+    monkeypatch.setattr(notes, "ROOT", tmp_path)  # ... and for notes
 
     def run(ledger=None, journal=(), benchmark="local-T64-V512-3s-00000000"):
         if ledger is not None:
@@ -222,15 +224,21 @@ def test_headless(trained, tmp_path, monkeypatch):
 
 
 def publish(folder, *results):
-    """A repository with the notes that program_swarm.md writes: (minute, agent, commit, status, val_bpb, device)."""
+    """A repository with the notes of a hub: (minute, agent, train.py, status, val_bpb, device)."""
     git(folder, "init", "-q")
     git(folder, "commit", "-q", "--allow-empty", "-m", "start")
-    notes = ["time=yesterday agent=x\n\nlooks good = to me"]  # of others, which are left out
-    for minute, agent, commit, status, score, device in results:
-        line = f"time=2026-11-01T00:{minute:02}:00Z agent=test/{agent} row=1 parent=0000000"
-        line += f" benchmark=local-1 device={device}\t{commit}\t{score:.6f}\t1.0\t{status}\ta = b"
-        notes.append(line)
-    git(folder, "notes", "--ref=results", "add", "-m", "\n\n".join(notes))
+    lines = ["looks good to me"]  # no result, so it is left out
+    for row, (minute, agent, train_py, status, score, device) in enumerate(results, 1):
+        line = {
+            "time": f"2026-11-01T00:{minute:02}:00+00:00",
+            "agent": f"test/{agent}",
+            "row": row,
+            "parent": "0000000",
+        }
+        line |= {"benchmark": "local-1", "device": device, "commit": train_py + 5 * "0", "train": train_py}
+        line |= {"val_bpb": score or None, "memory_gb": 1.0, "status": status, "description": "a = b"}
+        lines.append(json.dumps(line))
+    git(folder, "notes", "--ref=results", "add", "-m", "\n\n".join(lines))
 
 
 def test_several_agents(cells, tmp_path, capsys):

@@ -1,0 +1,390 @@
+"""
+A wave: one story with real trainings on a real Ray cluster of two nodes, and without Ray what is refused, what is sent
+and how the end of a job is judged.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import WEAK, Agent, new_repository, replace, wait_for, weaken
+
+import prepare
+from harness.journal import SLOW_FLAG, read_journal
+from swarm import cluster, wave, worktrees
+from swarm.job import RESULT, TRAINING, judge
+
+# --------------------------------------
+# What is refused, and what is sent
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "new base",
+        "new results",
+        "new a/b",
+        "new ..",
+        "submit base",
+        "submit base:6",
+        "submit base:0",
+        "submit base:1-2",
+        "submit a/b:1",
+        "submit base:1 --cpus 0",
+        "submit base:1 --gpus 1 --cpus 1",
+        "submit",
+        "stop --for",
+        "collect --wait soon",
+        "",
+    ],
+)
+def test_lines_that_are_refused(line, capsys):
+    with pytest.raises(SystemExit) as error:
+        wave.parse_arguments(line.split())
+    assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.fixture
+def folder(tmp_path, environment, monkeypatch):
+    """A repository with two commits, and the wave's modules in it."""
+    folder = new_repository(tmp_path / "a clone", environment)
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM"):
+        monkeypatch.setenv(name, environment[name])
+    for module in (cluster, wave, worktrees):
+        monkeypatch.setattr(module, "ROOT", folder, raising=False)
+        monkeypatch.setattr(module, "WAVE", folder / "wave")
+    monkeypatch.setattr(cluster, "CLUSTER", folder / "wave" / "cluster.json")
+    (folder / "wave").mkdir()
+    worktrees.call_git("commit", "-q", "--allow-empty", "-m", "second")
+    return folder
+
+
+def test_names_of_commits(folder):
+    first, second = worktrees.call_git("rev-list", "--reverse", "HEAD").split()
+    worktrees.add("deeper", second)
+    known = [first, second]
+    names = {"base": first, "deeper": second, second[:7]: second, second: second}
+    assert {name: worktrees.find_commit(name, first, known) for name in names} == names
+    for name in ("wider", second[:6], "0123456"):
+        with pytest.raises(SystemExit, match=f"^{name}: no worktree in wave/ and no commit"):
+            worktrees.find_commit(name, first, known)
+    with pytest.raises(SystemExit, match="^deeper: no worktree"):  # it was moved out of the night
+        worktrees.find_commit("deeper", first, [first])
+    replace(folder / "wave" / "deeper" / "train.py", (r"\Z", "# not committed\n"))
+    with pytest.raises(SystemExit, match="^wave/deeper/train.py has changes, commit them"):
+        worktrees.find_commit("deeper", first, known)
+    assert worktrees.remove_all() == ["wave/deeper"]
+
+
+def test_what_is_sent(folder):
+    """One commit with its .git, and nothing that is ignored or new."""
+    first, second = worktrees.call_git("rev-list", "--reverse", "HEAD").split()
+    (folder / "results.tsv").write_text("mine")
+    (folder / "new.py").write_text("mine")
+    worktrees.store(first)
+    with worktrees.clone(first) as sent:
+        assert worktrees.call_git("-C", sent, "rev-list", "--all", "HEAD") == first
+        assert worktrees.call_git("-C", sent, "status", "--porcelain", "--ignored") == ""
+        assert sorted(path.name for path in Path(sent).iterdir()) == sorted(
+            [".git", *worktrees.call_git("ls-tree", "--name-only", first).split()]
+        )
+    assert not Path(sent).exists()
+
+
+def test_the_command_of_a_job():
+    record = {"id": "local-T64", "dataset": "local", "arguments": "--text 'my notes' --seq-len 64"}
+    words = shlex.split(wave.entrypoint(record, 3))
+    assert words[:-1] == ["python", "swarm/job.py", "local-T64", "3"]
+    assert shlex.split(words[-1]) == ["--dataset", "local", "--text", "my notes", "--seq-len", "64"]
+
+
+OUT = {"commit": "a" * 40, "seed": 1, "attempt": 1, "state": "out", "job": "night-aaaaaaa-1-1"}
+SCORED = OUT | {"state": "scored", "val_bpb": 1.0}
+
+
+@pytest.mark.parametrize(
+    "results, attempt",
+    {
+        "first": ([], 1),
+        "out": ([OUT], None),
+        "another seed is out": ([OUT | {"seed": 2}], 1),
+        "another commit is out": ([OUT | {"commit": "b" * 40}], 1),
+        "scored": ([SCORED], None),
+        "scored, hardly disturbed": ([SCORED | {"slow_steps_percent": SLOW_FLAG}], None),
+        "disturbed": ([SCORED | {"slow_steps_percent": SLOW_FLAG + 0.1}], 2),
+        "crash": ([OUT | {"state": "crash"}], None),
+        "lost": ([OUT | {"state": "lost"}], 2),
+        "lost ten times": ([OUT | {"state": "lost", "attempt": number} for number in (1, 10, 2)], 11),
+        "lost, then out": ([OUT | {"state": "lost"}, OUT | {"attempt": 2}], None),
+    }.values(),
+)
+def test_what_is_sent_again(results, attempt):
+    number, reason = wave.next_attempt("a" * 40, 1, results)
+    assert (number if not reason else None) == attempt
+
+
+# --------------------------------------
+# How the end of a job is judged
+
+BEGUN = f"Running entrypoint\n{TRAINING} 1 on node\ncommit aaaaaaa, seed 1, local\n"
+RUN = {"commit": "a" * 40, "seed": 1, "val_bpb": 1.25}
+LOST = "lost: its "
+
+
+@pytest.mark.parametrize(
+    "exit_code, log, end",
+    [
+        pytest.param(0, f"{BEGUN}val_bpb: 1.25\n{RESULT}{json.dumps(RUN)}\n", "scored", id="scored"),
+        pytest.param(1, f"{BEGUN}{RESULT}{json.dumps(RUN)}\n", "scored", id="scored, then an error"),
+        pytest.param(1, f"{BEGUN}{RESULT}not it\nSyntaxError: x\n\n", "crash: SyntaxError: x", id="crash"),
+        pytest.param(1, BEGUN + 200 * "x", "crash: " + 160 * "x", id="long line"),
+        pytest.param(1, BEGUN + "another training is running on cpu (pid 7)\n", LOST + "device was taken", id="taken"),
+        pytest.param(1, "uv: error: no network\n", LOST + "node was not ready: uv: error: no network", id="no network"),
+        pytest.param(127, "", LOST + "node was not ready", id="no python"),
+        pytest.param(None, "", LOST + "node went: the node died", id="node"),
+        pytest.param(-9, BEGUN, LOST + "node went: the node died", id="killed"),
+    ],
+)
+def test_ends(exit_code, log, end):
+    found = judge(exit_code, "the node died\nand more", log)
+    if end == "scored":
+        assert found == RUN | {"state": "scored"}
+    else:
+        assert f"{found['state']}: {found['reason']}".startswith(end)
+
+
+# --------------------------------------
+# The cluster
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({}, "10.0.0.5"),
+        ({"NO_PROXY": "a.org"}, "a.org,10.0.0.5"),
+        ({"no_proxy": "b.org", "NO_PROXY": "a.org"}, "b.org,10.0.0.5"),
+    ],
+)
+def test_requests_take_no_proxy(before, after, monkeypatch):
+    environment = {"http_proxy": "http://127.0.0.1:1", **before}
+    monkeypatch.setattr(os, "environ", environment)
+    cluster.prepare_requests("http://10.0.0.5:8265")
+    assert environment["no_proxy"] == environment["NO_PROXY"] == after
+    with pytest.raises(SystemExit, match="must be like http"):
+        cluster.prepare_requests("10.0.0.5")
+
+
+def test_a_cluster_has_ports_of_its_own_and_ends(folder, monkeypatch, capsys):
+    """With a stand-in for `ray`, which says what it was called with."""
+    ray = folder.parent / "ray"
+    ray.write_text('#!/bin/sh\necho "$@"\nexec sleep 1000\n')
+    ray.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder.parent / "python"))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+    log = folder / "wave" / "cluster.log"
+    monkeypatch.setattr(cluster, "living_nodes", lambda address: log.read_text() or sys.exit("not yet"))
+    begun = cluster.begin()
+    ports = re.findall(r"port=(\d+)", log.read_text())
+    assert len(set(ports)) == len(ports) == 4 and not {"6379", "8265", "10001", "52365"} & set(ports)
+    assert urlsplit(begun["address"]).hostname == "127.0.0.1" and str(urlsplit(begun["address"]).port) in ports
+    assert cluster.begin() == begun and "runs already" in capsys.readouterr().out
+
+    # while it does not answer, no second one begins
+    monkeypatch.setattr(cluster, "living_nodes", lambda address: sys.exit("no answer"))
+    with pytest.raises(SystemExit, match="does not answer"):
+        cluster.begin()
+    cluster.end()
+    assert not cluster.is_taken() and not Path(begun["folder"]).exists()
+    with pytest.raises(SystemExit, match="^no wave here: uv run --group cluster swarm/wave.py start"):
+        cluster.end()
+
+
+def test_a_pid_of_another_process_is_not_ended(folder):
+    """As after a reboot: nobody holds the lock, so the pid means nothing."""
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as stranger:
+        state = {"address": "http://127.0.0.1:1", "pid": stranger.pid, "port": 1, "folder": str(folder / "gone")}
+        cluster.CLUSTER.write_text(json.dumps(state))
+        cluster.end()
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+# --------------------------------------
+# The story
+
+SYNC = """#!/bin/sh
+if [ "$1" = sync ]; then
+  mkdir "$UV_PROJECT_ENVIRONMENT" && sleep 1 # another one fails, while this one works and after it
+  exit
+fi
+"""
+WAIT = "while (prepare.HOME / '{}').exists(): time.sleep(0.1)\n"  # until a test removes that file
+
+
+@pytest.fixture
+def agent(environment, prepared, tmp_path):
+    """A night whose baseline waits where its home has a file `hold`. Its uv makes one environment a home, once."""
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    (prepare.HOME / "current").write_text(prepared)
+    replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC))
+    environment["PATH"] = f"{environment['PATH']}:{Path(sys.executable).parent}"
+    environment["RAY_health_check_period_ms"] = "500"  # so that a node that is gone is missed after 3 s, not 15
+    environment["http_proxy"] = "http://127.0.0.1:1"  # there is none
+    agent = Agent(new_repository(tmp_path / "clone", environment), environment, {})
+    (agent.folder / "pyproject.toml").write_text("")
+    weaken(agent.folder)
+    agent.edit(("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py")  # with two trainings any step may be late
+    agent.edit((r"^import prepare\b.*\n", rf"\g<0>import time\n{WAIT.format('hold')}"))
+    agent.git("add", "pyproject.toml")
+    agent.git("commit", "-qam", "weak")
+    assert agent.run("ledger.py", "start", "my-night").returncode == 0
+    yield agent
+    (prepare.HOME / "hold").unlink(missing_ok=True)
+    agent.run("swarm/wave.py", "stop", "--force")
+
+
+@pytest.fixture
+def second_node(agent):
+    """A function that joins another node, with a home and locks of its own, as another machine has; and its folder."""
+    folder = Path(tempfile.mkdtemp(prefix="node-", dir="/tmp"))  # sockets have short paths
+    nodes = []
+
+    def join(begun):
+        line = re.search("joins with: uv run --group cluster ray (start .*)", begun)[1]
+        command = [Path(sys.executable).with_name("ray"), *line.split(), "--block", "--num-cpus=3"]
+        command += ["--disable-usage-stats", f"--dashboard-agent-listen-port={cluster.free_ports(1)[0]}"]
+        here = agent.environment | {"AUTORESEARCH_HOME": str(folder / "home"), "TMPDIR": str(folder)}
+        with open(folder / "log", "w") as log:
+            nodes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
+        return nodes[0]
+
+    yield join, folder
+    for node in nodes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.cluster
+def test_a_wave(agent, second_node, prepared):
+    """
+    The baseline waits on the first node. On the second, which is empty, three jobs begin at once: a crash, a gain whose
+    node is killed, which is sent again, and a second baseline that finds the device taken.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    def call(*words, code=0):
+        process = agent.run("swarm/wave.py", *words)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process.stdout + process.stderr
+
+    def results():
+        return {
+            path.stem: json.loads(path.read_text()) for path in (agent.folder / "wave" / "results").glob("*-*-*.json")
+        }
+
+    def collect(*jobs):
+        """Collect until none of these is out; all that was printed."""
+        output = ""
+        while not output or any(results()[job]["state"] == "out" for job in jobs):
+            assert output.count("next: ") < 10, output
+            output += call("collect", "--wait", "60")
+        return output
+
+    # the first node takes the baseline, the second joins while that waits
+    assert call("submit", "base:1", code=1).startswith("no wave here")
+    begun = call("start")
+    address = re.search(r"^cluster: (\S+),", begun, re.M)[1]
+    client = JobSubmissionClient(address)
+    join, folder = second_node
+    home = folder / "home"
+    home.mkdir()
+    for file in (prepare.HOME / "hold", home / "hold", home / "stay"):
+        file.touch()
+    base = f"my-night-{agent.head()}-1-1"
+    assert f"{base} submitted\n" in call("submit", "base:1")
+    wait_for(lambda: client.get_job_status(base).value == "RUNNING")
+    second = join(begun)
+
+    # two ideas
+    ideas = {
+        "slip": [(r"^def norm\(x\):", "def norm(x:")],
+        "good": [
+            *((rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK),
+            (r"^while \(prepare.*\n", ""),
+            (r"^    clock.start\(\)", rf"    print('has the device', flush=True)\n    {WAIT.format('stay')}\g<0>"),
+        ],
+    }
+    jobs = {}
+    for name, edits in ideas.items():
+        assert f"next: edit wave/{name}/train.py\n" in call("new", name)
+        agent.edit(*edits, file=f"wave/{name}/train.py")
+        assert f"wave/{name}/train.py has changes" in call("submit", "base:2", f"{name}:1", code=1)
+        agent.git("-C", f"wave/{name}", "commit", "-q", "-m", f"the {name} one; expect 0", "--", "train.py")
+        commit = agent.git("-C", f"wave/{name}", "rev-parse", "--short=7", "HEAD").strip()
+        jobs[name] = f"my-night-{commit}-1"
+    good, slip, taken = f"{jobs['good']}-1", f"{jobs['slip']}-1", f"my-night-{agent.head()}-2-1"
+    assert "wave/good is there" in call("new", "good", code=1)
+    wait_for(lambda: "Ray runtime started" in (folder / "log").read_text())
+
+    # three jobs begin at once where neither an environment nor a benchmark is
+    sent = call("submit", "good:1", "slip:1", "base:2", "good:1", "--cpus", "1")
+    assert f"{good} submitted\n{slip} submitted\n{taken} submitted\n" in sent
+    assert f":1 is out already, as {good}\n" in sent
+    assert "jobs are out, such as" in call("stop", code=1)
+    wait_for(lambda: client.get_job_status(good).value == "RUNNING")
+    wait_for(lambda: "has the device" in client.get_job_logs(good))
+    assert (home / "current").read_text() == prepared
+    (home / "hold").unlink()
+    output = collect(slip, taken)
+    assert f"{slip} crash: SyntaxError: " in output and f"{taken} lost: its device was taken: " in output
+    assert f"{good} running\n" in output and "next: uv run ledger.py add --wave\n" in output
+
+    # the node goes; meanwhile the baseline runs
+    os.killpg(second.pid, signal.SIGKILL)
+    (prepare.HOME / "hold").unlink()
+    output = collect(base, good)
+    commit = results()[good]["commit"]
+    again = f"{wave.COMMAND} submit {commit[:7]}:1"
+    assert f"{good} lost: its node went: " in output and f"; send it again: {again}\n" in output
+    assert re.search(rf"^{base} scored, val_bpb \d\.\d{{6}}$", output, re.M)
+
+    # nothing but that is sent again
+    output = call("submit", f"{commit[:7]}:1", "slip:1", "base:1")
+    assert f"{jobs['good']}-2 submitted\n" in output and output.count(" submitted") == 1
+    assert output.count("has run already") == 2
+    collect(f"{jobs['good']}-2")
+
+    # what is known of them is what the node's journal has
+    found = results()
+    runs = {run["commit"]: run for run in read_journal(prepare.HOME / prepared)}
+    for job, attempt in {base: 1, f"{jobs['good']}-2": 2}.items():
+        run = runs[found[job]["commit"]]
+        assert run["dirty"] is False and run["benchmark"] == prepared and run["seed"] == 1
+        assert found[job] == run | {"job": job, "tag": "my-night", "attempt": attempt, "state": "scored"}
+        assert "val_bpb: " in (agent.folder / "wave" / "results" / f"{job}.log").read_text()
+    assert {entry.submission_id for entry in client.list_jobs()} == set(found)
+
+    # another night may use this cluster, and does not end it
+    guest = Agent(agent.folder.parent / "guest", agent.environment | {"RAY_API_SERVER_ADDRESS": address}, {})
+    agent.git("clone", "-q", ".", str(guest.folder))
+    assert f"cluster: {address}, nodes: 1" in guest.run("swarm/wave.py", "start").stdout
+    assert "it goes on" in guest.run("swarm/wave.py", "stop").stdout
+    assert "has ended" in call("stop")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", urlsplit(address).port))
+    assert len(agent.git("worktree", "list").splitlines()) == 1
+    assert len(agent.git("for-each-ref", "refs/tries").splitlines()) == 3
