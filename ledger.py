@@ -3,7 +3,7 @@ The books of a night: results.tsv, what it is worth, and what comes next.
 
     uv run ledger.py start <tag> --until 07:00    # checks all that would end the night, and makes the branch
     uv run ledger.py                              # where the night stands, and the next command
-    uv run ledger.py add '<description>'          # after a run: writes its row
+    uv run ledger.py add ['<description>']        # after a run: writes its row
     uv run ledger.py open                         # exit 0 while the night goes on: for the loop around the agent
 
 All state is in git (branch autoresearch/<tag>), results.tsv, night.json and the harness's journal. It runs beside a
@@ -29,6 +29,7 @@ from night import checks
 from night.load import as_cells, fallbacks, in_utc, load_night, row_of
 from night.rows import STATUSES, Row, append_rows
 from night.rules import OVER, crashed_seed, has_crashed, next_step
+from night.steps import describe
 from night.waves import last_attempts, unwritten, winner
 from night.worth import (
     FINAL_SEEDS,
@@ -37,6 +38,7 @@ from night.worth import (
     TRIES,
     disturbed_tries,
     gain,
+    is_final,
     is_over,
     kept_commits,
     new_runs,
@@ -55,13 +57,15 @@ FIRST_WAIT, LONGEST_WAIT = 30, 15 * 60  # seconds that `open` waits when nothing
 
 def print_status(folder):
     night, record, problems = load_night(folder)
-    scores = scores_of(night.rows, new_runs(night)[0])
     kept = kept_commits(night)
     best = kept[-1]
 
+    # the final runs are for the gain at the end, and for nothing before
+    scores = scores_of([row for row in night.rows if not is_final(row)], new_runs(night)[0])
+
     # what is judged does not move the floor that it is judged by
     floor = noise_floor(scores, without=None if night.head == best else night.head)
-    print(f"night:       {night.tag}, until {night.until}, {len(night.rows)} rows")
+    print(f"night:       {night.tag}, {len(night.rows)} rows, until {night.end}")
     print(f"benchmark:   {record['id']}, {record['settings']['time_budget']:g} s a run")
     if math.isnan(floor):
         print("noise floor: unknown until a commit has two runs that count")
@@ -160,6 +164,7 @@ def add(folder, description, forced=None):
     refuse_unclear(night)
     counted, _ = new_runs(night)
     scores = scores_of(night.rows, counted)
+    description = description or describe(night)
     if forced == "keep" and night.head not in kept_commits(night):
         refuse_worse(night, scores)
     status = forced or status_of(night, scores)
@@ -170,6 +175,8 @@ def add(folder, description, forced=None):
     if not rows:
         raise SystemExit(f"nothing to add: {night.head} has no run without a row; see `uv run ledger.py`")
 
+    # the gain, and what asks for a look, before anybody believes it
+    print_commit(folder, night, kept_commits(night)[-1], scores)
     write_rows(folder, rows, problems)
 
 
@@ -191,6 +198,7 @@ def add_wave(folder):
             rows.append(row_of(run, status, f"{subject}, final" if is_final else subject))
         for seed, reason in crashes:
             rows.append(Row(commit, math.nan, 0.0, "crash", f"{subject}: {reason}, seed {seed}", 0))
+    print_wave(night, kept_commits(night)[-1])
     write_rows(folder, rows, problems)
 
 
@@ -277,8 +285,10 @@ def start(folder, tag, until="never"):
     ideas = folder / "ideas.md"
     if not ideas.exists():
         ideas.write_text("# Ideas\n\n## Backlog\n\n## What each try taught\n")
-    print(f"branch autoresearch/{tag}, until {until}")
-    print_next(load_night(folder)[0])
+    night, record, _ = load_night(folder)
+    print(f"branch autoresearch/{tag}, until {night.end}")
+    print(f"benchmark {record['id']}, {record['settings']['time_budget']:g} s a run")
+    print_next(night)
 
 
 def parse_until(text):
@@ -364,7 +374,7 @@ def parse_arguments(arguments=None):
     begin.add_argument("tag", help="a name for the night, such as nov28")
     begin.add_argument("--until", default="never", help="07:00, 2026-11-28T07:00, 40 (rows) or never, the default")
     row = commands.add_parser("add", allow_abbrev=False, help="write the rows of this commit's runs")
-    row.add_argument("description", nargs="?", help="what was tried, and the gain that was expected")
+    row.add_argument("description", nargs="?", help="what was tried; without one, the commit's message")
     row.add_argument("--wave", action="store_true", help="instead: the rows of the wave's jobs (swarm/program.md)")
     choice = row.add_mutually_exclusive_group()
     for status in STATUSES:
@@ -373,10 +383,8 @@ def parse_arguments(arguments=None):
         )
     commands.add_parser("open", allow_abbrev=False, help="exit 0 while the night goes on")
     options = parser.parse_args(arguments)
-
-    # argparse has no group of which exactly one is a positional argument
-    if options.command == "add" and options.wave != (options.description is None):
-        row.error("a description, or --wave without one")
+    if options.command == "add" and options.wave and (options.description or options.status):
+        row.error("--wave takes no description and no status: each commit has its own")
     return options
 
 

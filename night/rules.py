@@ -4,6 +4,7 @@ their test is a table of nights.
 """
 
 import math
+import re
 
 from night.steps import DROP, NEW_IDEA, Step, add_step, go_to, run_step, submit_step
 from night.waves import last_attempts, with_a_wave
@@ -26,6 +27,7 @@ from night.worth import (
 BASELINE_SEEDS = (1, 2, 3)
 DRIFT_ROWS = 20  # after which the baseline runs once more
 PRUNING_IDEAS = 8  # after which something that was kept is taken out, to see
+PRUNED = r"^prun"  # how the description of that begins
 OVER = "# the night is over"
 
 
@@ -166,7 +168,8 @@ def with_an_idea(night, best):
     if not is_given_up(night.head, night) and night.head in scores and verdict(night.head, best, scores) == "promising":
         return run_step(night, first_free(seeds), "promising: the second run decides")
     store = f"git update-ref refs/tries/{night.head} {night.head}"
-    return Step(f"{store} && git reset -q --keep {best}", "it is not kept: store the try, and go back")
+    reason = "it is not kept: store it and go back (if it is simpler, run seed 2 first: see the table)"
+    return Step(f"{store} && git reset -q --keep {best}", reason)
 
 
 def final_runs(night, best):
@@ -211,7 +214,7 @@ def with_the_next_idea(night, best):
     """HEAD was kept, or is the baseline once more."""
     commit = "git commit -q -m '<idea>; expect <gain>' -- train.py"
     if night.changed and night.branch and night.head == best:
-        return Step("# a new idea is in train.py: finish it", f"then commit it: {commit}")
+        return Step("# a new idea is in train.py: finish it", f"commit it when it is done: {commit}")
     if night.changed:
         return Step(DROP, "new ideas start from the last keep, on the branch of the night")
 
@@ -224,7 +227,17 @@ def with_the_next_idea(night, best):
     if not night.branch or night.head != best:
         return go_to("", night, "back to the last keep")
 
-    ideas = len({row.commit for row in night.rows} - {night.start})
-    if ideas and ideas % PRUNING_IDEAS == 0 and best != night.start:
-        return Step(NEW_IDEA, "a round of pruning: take out one thing that was kept, and see")
-    return Step(NEW_IDEA, f"then commit it: {commit}")
+    if best != night.start and len(ideas_since(PRUNED, night)) >= PRUNING_IDEAS:
+        return Step(NEW_IDEA, "pruning is due: take out one thing that was kept; its message begins with `prune`")
+    return Step(NEW_IDEA, f"commit it when it is done: {commit}")
+
+
+def ideas_since(pattern, night):
+    """The commits that were tried after the last row whose description matches: all of the night, if none does."""
+    commits = set()
+    for row in night.rows:
+        if re.search(pattern, row.description):
+            commits.clear()
+        elif row.commit != night.start:
+            commits.add(row.commit)
+    return commits

@@ -38,15 +38,25 @@ class Night:
     conflict: bool = False  # train.py has conflict markers, in HEAD or in the folder
     time: str = ""  # now
 
+    @property
+    def end(self):
+        """When it ends, in words."""
+        if self.until.isdecimal():
+            return f"{self.until} rows"
+        return self.until
+
 
 def is_over(night):
     """Whether no new idea may start."""
     if night.until == "never":
         return False
     if night.until.isdecimal():
-        ideas = [row for row in night.rows if not re.search(r", final, seed \d+$", row.description)]
-        return len(ideas) >= int(night.until)
+        return len([row for row in night.rows if not is_final(row)]) >= int(night.until)
     return night.time >= night.until
+
+
+def is_final(row):
+    return re.search(r", final, seed \d+$", row.description) is not None
 
 
 def is_given_up(commit, night):

@@ -282,7 +282,7 @@ PROGRAM = shell_blocks("program.md", ["start", "look", "commit", "run", "add", "
 WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
 UNHURRIED = [  # a busy machine is no failure: small steps, and half of the budget
     (r"^    while clock\.elapsed", "    while 2 * clock.elapsed"),
-    (r"^(TOTAL_BATCH_SIZE) = .*", r"\1 = 2**10"),
+    (r"^( *TOTAL_BATCH_SIZE) = .*", r"\1 = 2**10"),
 ]
 
 

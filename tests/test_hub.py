@@ -362,7 +362,7 @@ def test_build_on_the_best_of_another(hub):
 
 def edited(agent, hub):
     agent.edit((r"\Z", "# more\n"))
-    return "", "no new idea starts now: then commit it"
+    return "", "no new idea starts now: commit it"
 
 
 def on_another_branch(agent, hub):

@@ -481,7 +481,7 @@ def test_night_json_lost_is_recovered(spoil, detached, clone):
     if spoil is not None:
         (clone.folder / "night.json").write_text(spoil, encoding="latin-1")
     text = clone.status()
-    assert "night:       test, until never, 3 rows" in text and "warning: night.json is lost" in text
+    assert "night:       test, 3 rows, until never" in text and "warning: night.json is lost" in text
 
 
 @pytest.mark.parametrize(
@@ -692,7 +692,7 @@ def test_output_anywhere(clone, shell):
         "start",
         "start x --until",
         "start x --until soon",
-        "add",
+        "add x --wave",
         "add x --maybe",
         "opem",
         "--status",

@@ -194,6 +194,13 @@ NIGHTS = {
     "at the last keep, on no branch": (night(KEPT, at=A, branch=""), BRANCH, "last keep"),
     # now and then
     "pruning": (night(seven(("0000009", 1.1, "discard", "no, seed 1")), at=A), IDEA, "pruning"),
+    "pruning is still due": (
+        night(seven(*((f"000000{n}", 1.1, "discard", "x, seed 1") for n in "89")), at=A),
+        IDEA,
+        "pruning",
+    ),
+    "pruning, done": (night(seven(("0000009", 1.1, "discard", "prune x, seed 1")), at=A), IDEA, "commit it"),
+    "nothing kept, no pruning": (night([*BASE, *seven()[5:], *MANY[12:]]), IDEA, "commit it"),
     "not yet pruning": (night(seven(), at=A), IDEA, "commit it"),
     "drift is due": (night(MANY, at=A), TO_START, "drift"),
     "drift, edited": (night(MANY, at=A, changed=True), "# a new idea is in train.py: finish it", "git commit"),
@@ -301,7 +308,7 @@ NIGHTS |= {
     "wave: lost three times": (wave(BASE, [job(A, 1, "lost", n) for n in (1, 2, 3)]), ADDS, A),
     "wave: kept": (wave(KEPT, [job(A, 1, "-")]), f"git reset -q --keep {A}", "not on top"),
     "wave: an idea on the branch": (wave(BASE, [], A), submits(f"{A}:1"), "a new idea"),
-    "wave: no drift": (wave(MANY, [], A), IDEA, "commit it"),
+    "wave: no drift": (wave(MANY, [], A), IDEA, "pruning"),
     "wave: the end": (
         wave(KEPT, [], A, until="5"),
         submits(f"{S}:4", f"{A}:4", f"{S}:5", f"{A}:5"),
