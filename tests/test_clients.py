@@ -128,6 +128,7 @@ def client(request, prepared, tmp_path, environment):
     for name in ("analysis.ipynb", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     weaken(folder)
+    replace(folder / "prepare.py", ("^LATE_LIMIT = .*", "LATE_LIMIT = 99"))  # however busy the machine is
     for command in (["add", "-A"], ["commit", "-qm", "weak"]):
         subprocess.run(["git", *command], cwd=folder, env=environment, check=True)
     return Client(request.param, folder, tmp_path / "home", environment)
@@ -261,8 +262,6 @@ def test_a_wave(client):
     """Two runs of the baseline, sent to a cluster of this machine."""
     pytest.importorskip("ray", reason="needs the dependency group `cluster`")
     wave = "uv run --group cluster swarm/wave.py"
-    replace(client.folder / "prepare.py", ("^LATE_LIMIT = .*", "LATE_LIMIT = 99"))  # however busy the machine is
-    client.git("commit", "-qam", "late")
     client.ledger("start", "night", "--until", "9")
     submitted = f"{wave} submit base:1 base:2"
     came = client.play(
