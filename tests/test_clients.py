@@ -128,7 +128,10 @@ def client(request, prepared, tmp_path, environment):
     for name in ("analysis.ipynb", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     weaken(folder)
-    replace(folder / "prepare.py", ("^LATE_LIMIT = .*", "LATE_LIMIT = 99"))  # however busy the machine is
+
+    # however busy the machine is, every run has as many steps
+    replace(folder / "prepare.py", ("^LATE_LIMIT = .*", "LATE_LIMIT = 99"))
+    replace(folder / "train.py", (r"^    while 2 \* clock\.elapsed.*", "    while step < 40:"))
     for command in (["add", "-A"], ["commit", "-qm", "weak"]):
         subprocess.run(["git", *command], cwd=folder, env=environment, check=True)
     return Client(request.param, folder, tmp_path / "home", environment)
