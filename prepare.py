@@ -53,15 +53,13 @@ except (KeyError, OSError):
 import torch
 import torch.nn.functional as F
 
+from harness import runtime
 from harness.documents import parquet_batches
 from harness.downloads import fetch
 from harness.machine import (
-    FLASH3,
-    FLASH3_CAPABILITIES,
     DeviceLock,
     device_name,
     fetch_flash3,
-    load_flash3,
     mend_compiler,
     peak_memory_mb,
     refuse_old_gpu,
@@ -76,9 +74,8 @@ from harness.sources import LocalText
 from harness.tokenizer import Tokenizer, encode_batches
 
 # What train.py takes from here; some of it lives in harness/
-__all__ = ["load_benchmark", "TrainingClock", "make_dataloader", "evaluate_bpb", "scoring_rows", "Tokenizer"]
-__all__ += ["HOME", "PROCESS_START", "Progress", "first_line", "device_name", "peak_memory_mb", "why_no_gpu"]
-__all__ += ["synchronize", "mend_compiler", "load_flash3", "FLASH3", "FLASH3_CAPABILITIES"]
+__all__ = ["load_benchmark", "TrainingClock", "make_dataloader", "evaluate_bpb", "scoring_rows", "Tokenizer", "HOME"]
+__all__ += ["Progress", "runtime", "device_name", "PROCESS_START", "first_line", "synchronize", "mend_compiler"]
 
 # --------------------------------------
 # Constants
@@ -431,6 +428,11 @@ class TrainingClock:
         """Share of the budget that is used up, in [0, 1]."""
         return min(1.0, self.elapsed / self.benchmark.time_budget)
 
+    @property
+    def total_seconds(self):
+        """Seconds since this process began."""
+        return time.monotonic() - PROCESS_START
+
     def check(self):
         """The score begins. Raise RuntimeError unless the run was timed, kept to its budget and was not scored yet."""
         if self.started is None:
@@ -570,7 +572,7 @@ def describe_run(benchmark, clock, scores):
         "seed": benchmark.seed,
         **scores,
         "training_seconds": round(clock.training_seconds, 3),
-        "total_seconds": round(time.monotonic() - PROCESS_START, 3),
+        "total_seconds": round(clock.total_seconds, 3),
         "slow_steps_percent": round(clock.slow_steps_percent, 1),
         "steps": len(clock.ticks),
         "tokens": clock.rows * benchmark.max_seq_len,

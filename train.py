@@ -4,73 +4,82 @@ The agent rewrites this file as it likes; prepare.py times the training and scor
 
     uv run train.py > run.log 2>&1         # on CUDA, MPS or CPU
     AUTORESEARCH_SEED=1 uv run train.py    # another seed, for the noise
+
+Sections: Hyperparameters, Model, Optimizer, Schedules, Main.
 """
 
-import ctypes
-import gc
 import math
-import os
-import re
-import sys
-import time
-import timeit
 from collections import Counter, defaultdict
 
 import prepare  # before torch: total_seconds count from here
-from prepare import Progress, TrainingClock, evaluate_bpb, load_benchmark, make_dataloader
+from prepare import Progress, TrainingClock, evaluate_bpb, load_benchmark, make_dataloader, runtime
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 # --------------------------------------
-# Hyperparameters
+# Hyperparameters. D is MODEL_DIM; what differs between machines is in the block at the end
 
 GPU = torch.cuda.is_available()
+COMPILE = True  # torch.compile
 
-# size
-DEPTH = 9 if GPU else 2  # blocks
-MODEL_DIM = 640 if GPU else 128  # D
-HEAD_DIM = 128 if GPU else 32  # K
-NGRAM_ROWS = 2**22 if GPU else 2**17  # of the n-gram table, D / 2 floats each: 5.4 GB or 34 MB
-TOTAL_BATCH_SIZE = 2**18 if GPU else 2**11  # tokens per optimizer step
-DEVICE_BATCH_SIZE = 128 if GPU else 16  # rows per forward pass, halved until they fit
-# model
-WINDOW_PATTERN = "SSSSL"  # per block, repeated: S short window, L all; the last block, of two the second, is L
+# Model
+WINDOW_PATTERN = "SSSSL"  # per block, repeated: S sees SHORT_WINDOW, L all; the last block is always L
 SHORT_WINDOW = 1 / 8  # of the row: earlier tokens that an S block sees
+QUERY_GROUP = 1  # heads of queries that share one of keys and values; more than 1 is grouped-query attention
 MLP_RATIO = 4  # hidden width / D
-GATE_CHANNELS = 32  # channels of x that drive the value gates
+GATE_CHANNELS = 32  # channels of x that drive the gates of the value embeddings
 ROPE_BASE = 200_000
-LOGIT_CAP = 15.0 if GPU else None  # not on a CPU: tanh costs more than it gains
-INIT_BOUND = 1.18 * MODEL_DIM**-0.5  # of matrices: uniform within so much of zero
-X0_INIT = 0.05  # of the embedding that each block adds at first
-POINTER = not GPU  # copy some tokens from the row; T x T scores, untried on a GPU
-POINTER_ODDS = -9.0  # log of the odds of that, at first, for a match of no weight
+INIT_SCALE = 1.18  # of matrices: uniform within INIT_SCALE / sqrt(D) of zero
+X0_INIT = 0.05  # of the embedding that each block adds
+POINTER_ODDS = -9.0  # log of the odds of a copy, at first, for a match of no weight
 POINTER_SCALE = 1.5  # on the similarity of normalized states
-# learning rates (of embeddings and head: at D = 768, scaled by 1 / sqrt(D))
+
+# Learning rates; those of embeddings and head hold at D = 768 and are scaled by 1 / sqrt(D)
 MATRIX_LR = 0.04
 EMBEDDING_LR = 0.9
 NGRAM_LR = 0.25
 UNEMBEDDING_LR = 0.005
 SCALAR_LR = 0.005
 X0_LR = 0.5
-# weight decay
-MATRIX_DECAY = 0.2  # only where update and weight agree in sign; fades with progress
+
+# Weight decay
+MATRIX_DECAY = 0.2  # cautious; fades with progress
 WTE_DECAY = 0.001
 VALUE_DECAY = 0.003
 UNEMBEDDING_DECAY = 0.01
-# optimizer and schedules
+
+# Optimizers and schedules
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
 ADAM_EPS = 1e-10
 MUON_BETA2 = 0.95
 MUON_MOMENTUM = (0.85, 0.95)  # at the start, and from MOMENTUM_RAMP on
-MOMENTUM_RAMP = 0.16 if GPU else 0.3  # share of the run
 WARMDOWN_RATIO = 0.75  # last share of the run, over which the rates fall ...
 FINAL_LR_FRAC = 0.05  # ... to this share of themselves
-# machine
-COMPILE = True  # torch.compile
+
+# Sizes, and what pays on one kind of machine only
+if GPU:
+    DEPTH = 9  # blocks
+    MODEL_DIM = 640  # D
+    HEAD_DIM = 128  # K
+    NGRAM_ROWS = 2**22  # of the n-gram table, D / 2 floats each: 5.4 GB
+    TOTAL_BATCH_SIZE = 2**18  # tokens per optimizer step
+    DEVICE_BATCH_SIZE = 128  # rows per forward pass, halved until they fit
+    MOMENTUM_RAMP = 0.16  # share of the run
+    LOGIT_CAP = 15.0
+    POINTER = False  # its T x T scores are untried on a GPU
+else:
+    DEPTH = 2
+    MODEL_DIM = 128
+    HEAD_DIM = 32
+    NGRAM_ROWS = 2**17  # 34 MB
+    TOTAL_BATCH_SIZE = 2**11
+    DEVICE_BATCH_SIZE = 16
+    MOMENTUM_RAMP = 0.3
+    LOGIT_CAP = None  # tanh costs more than it gains
+    POINTER = True  # copy some tokens from the row
 
 # --------------------------------------
 # Model. Shapes: B rows, T tokens, D model width, H heads, K = D / H, V vocabulary
@@ -82,147 +91,199 @@ def norm(x):
 
 
 class Linear(nn.Linear):
-    """Without bias. The float32 weight is cast to the precision of x."""
+    """Without bias. Input and weight, which is float32, are cast to the precision that build_model() sets."""
 
-    def __init__(self, inputs, outputs, bound=INIT_BOUND):
+    dtype = torch.float32
+
+    def __init__(self, inputs, outputs, scale=INIT_SCALE):
         super().__init__(inputs, outputs, bias=False)
+        bound = scale * MODEL_DIM**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x.to(self.dtype), self.weight.to(self.dtype))
 
 
 class GPT(nn.Module):
-    """Activations have the precision `dtype`; parameters are float32, cast where used."""
+    """Activations have the precision of `setup`; parameters are float32, cast where they are used."""
 
-    def __init__(self, vocab_size, max_seq_len, dtype, attention):
+    def __init__(self, vocab_size, max_seq_len, setup):
         super().__init__()
-        self.dtype, self.compiled = dtype, False
-        sizes = {"S": max(1, int(max_seq_len * SHORT_WINDOW)), "L": max_seq_len}
-        self.windows = [sizes[letter] for letter in (WINDOW_PATTERN * DEPTH)[: DEPTH - 1] + "L"]
-        self.wte = nn.Embedding(vocab_size, MODEL_DIM)
-        sparse = not torch.backends.mps.is_available()  # gradients of the rows that were used; untried on MPS
-        self.ngrams = nn.Embedding(NGRAM_ROWS, MODEL_DIM // 2, sparse=sparse)
+        self.setup = setup
+        self.windows = window_sizes(max_seq_len)
+        self.embed = Embed(vocab_size, setup.dtype)
+        # Sparse: only rows that were used have gradients. Untried on MPS
+        self.ngrams = nn.Embedding(NGRAM_ROWS, MODEL_DIM // 2, sparse=not torch.backends.mps.is_available())
         nn.init.zeros_(self.ngrams.weight)
         self.blocks = nn.ModuleList(
-            Block(window, attention, vocab_size if layer % 2 == (DEPTH - 1) % 2 else 0)
-            for layer, window in enumerate(self.windows)
+            Block(layer, window, setup.attention, vocab_size) for layer, window in enumerate(self.windows)
         )
-        self.lm_head = Linear(MODEL_DIM, vocab_size)
-        nn.init.normal_(self.lm_head.weight, std=0.001)
-        self.pointer = Pointer() if POINTER else None
+        self.head = Head(vocab_size)
+
+        # Weights of the stream and of the embedding x0 at the start of each block
         self.resid_lambdas = nn.Parameter(torch.ones(DEPTH))
         self.x0_lambdas = nn.Parameter(torch.full((DEPTH,), X0_INIT))
-        angles = torch.outer(torch.arange(max_seq_len), ROPE_BASE ** -torch.linspace(0, 1, HEAD_DIM // 2 + 1)[:-1])
-        self.register_buffer("rotary", torch.stack([angles.cos(), angles.sin()]).to(dtype), persistent=False)
+
+        # Rotary embeddings (Su et al. 2021, arXiv 2104.09864): an angle per position and pair of channels
+        frequencies = ROPE_BASE ** -torch.linspace(0, 1, HEAD_DIM // 2 + 1)[:-1]
+        angles = torch.outer(torch.arange(max_seq_len), frequencies)
+        self.register_buffer("cos", angles.cos().to(setup.dtype)[None, :, None], persistent=False)
+        self.register_buffer("sin", angles.sin().to(setup.dtype)[None, :, None], persistent=False)
 
     def forward(self, inputs, targets=None):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
+        T = inputs.size(1)
+        cos_sin = self.cos[:, :T], self.sin[:, :T]
         x = self.embed(inputs, self.ngrams(hash_ngrams(inputs)))
         x0 = x.view_as(x)  # not x itself: the first block would be one more to compile
         for block, r, z in zip(self.blocks, self.resid_lambdas, self.x0_lambdas, strict=True):
-            x = block(x, x0, r, z, inputs, self.rotary)
-        return self.logits(x, inputs) if targets is None else self.loss(x, inputs, targets)
-
-    def embed(self, inputs, ngrams):
-        """Pairs of tokens add to one half of the channels, triples to the other."""
-        return norm(self.wte(inputs) + ngrams.flatten(2)).to(self.dtype)
-
-    def head(self, x):
-        logits = self.lm_head(x).float()
-        return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP) if LOGIT_CAP else logits
-
-    def logits(self, x, inputs):
-        x = norm(x)
-        logits = self.head(x)
-        if self.pointer is None:
-            return logits
-        weights, odds = self.pointer(x)
-        generated = logits.softmax(-1) * torch.sigmoid(-odds)
-        copied = weights * torch.sigmoid(odds)
-        return generated.scatter_add(-1, inputs[:, None].expand_as(copied), copied).clamp_min(1e-30).log()
-
-    def loss(self, x, inputs, targets):
-        """Mean cross-entropy of `logits`, for which the pointer needs the target alone."""
-        x = norm(x)
-        logits = self.head(x)
-        target = torch.arange(logits.size(-1), device=x.device) == targets[..., None]  # a gather has a scatter backward
-        nll = logits.logsumexp(-1) - logits.where(target, 0).sum(-1)
-        if self.pointer is not None:
-            weights, odds = self.pointer(x)
-            odds = odds[..., 0]
-            copied = (weights * (inputs[:, None] == targets[..., None])).sum(-1).clamp_min(1e-30).log()
-            nll = F.softplus(odds) - torch.logaddexp(-nll, copied + odds)
-        return nll.mean()  # other objectives go here
+            x = block(x, x0, r, z, inputs, cos_sin)
+        return self.head(x, inputs, targets)
 
     def compile_parts(self):
-        """Per block: blocks of one shape share their code, so that it takes a fraction of the time."""
-        torch._dynamo.config.recompile_limit = 64  # one for every kind of block
-        for block in self.blocks:
-            block.compile(dynamic=False)
-        self.compiled = True
-        self.embed = torch.compile(self.embed, dynamic=False)
-        self.loss = torch.compile(self.loss, dynamic=False)
+        """Part by part: blocks of one shape share their code, which takes a fraction of the time."""
+        # Modules, never bound methods: those would keep the weights of this model in every copy of it
+        if self.setup.compiled:
+            torch._dynamo.config.recompile_limit = 64  # one for every kind of block
+            for part in (self.embed, *self.blocks, self.head):
+                part.compile(dynamic=False)
 
-    def flops_per_token(self):
-        """Forward and backward: 6 per weight of a matrix, and attention within each window."""
-        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        pointer = 0 if self.pointer is None else 6 * MODEL_DIM * max(self.windows)
-        return 6 * matrices + sum(12 * MODEL_DIM * window for window in self.windows) + pointer
+    def __setstate__(self, state):
+        """A copy (copy.deepcopy, AveragedModel) is compiled as its original is."""
+        super().__setstate__(state)
+        self.compile_parts()
+
+    def flops_per_token(self, T):
+        """Forward and backward in rows of T: 6 per weight of a matrix, of all experts, and 12 D per token seen."""
+        weights = 0
+        for module in self.modules():
+            for weight in module.parameters(recurse=False):
+                if isinstance(module, nn.Linear) or weight.ndim == 3:
+                    weights += weight.numel()
+        seen = sum(min(window, T) for window in self.windows)
+        if POINTER:
+            seen += T / 2  # it has scores, but copies no vectors
+        return 6 * weights + 12 * MODEL_DIM * seen
+
+
+def window_sizes(T):
+    """How many earlier tokens each block sees: WINDOW_PATTERN, repeated, and L at the end."""
+    sizes = {"S": max(1, int(T * SHORT_WINDOW)), "L": T}
+    pattern = (WINDOW_PATTERN * DEPTH)[: DEPTH - 1] + "L"
+    for letter in pattern:
+        if letter not in sizes:
+            raise SystemExit(f"WINDOW_PATTERN: there is no window {letter}, only {' and '.join(sizes)}")
+    return [sizes[letter] for letter in pattern]
+
+
+class Embed(nn.Module):
+    """Adds rows of the n-gram table to the embeddings: pairs to one half of the channels, triples to the other."""
+
+    def __init__(self, vocab_size, dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.wte = nn.Embedding(vocab_size, MODEL_DIM)
+
+    def forward(self, inputs, ngrams):
+        return norm(self.wte(inputs) + ngrams.flatten(2)).to(self.dtype)
 
 
 class Block(nn.Module):
     """Attention and an MLP, each on x and, gated per channel, x at the token before."""
 
-    def __init__(self, window, attention, value_vocab_size):
+    def __init__(self, layer, window, attention, vocab_size):
         super().__init__()
-        self.attention = Attention(window, attention, value_vocab_size)
+        self.attention = Attention(layer, window, attention, vocab_size)
         self.mlp = MLP()
         self.smear_gates = nn.Parameter(torch.zeros(2, MODEL_DIM))
 
-    def forward(self, x, x0, r, z, inputs, rotary):
+    def forward(self, x, x0, r, z, inputs, cos_sin):
         x = r * x + z * x0
-        x = x + self.attention(smear(norm(x), self.smear_gates[0]), inputs, rotary)
+        x = x + self.attention(smear(norm(x), self.smear_gates[0]), inputs, cos_sin)
         return x + self.mlp(smear(norm(x), self.smear_gates[1]))
 
 
 class Attention(nn.Module):
     """Half the heads have the keys of the token before, so that they find what followed."""
 
-    def __init__(self, window, attention, value_vocab_size):
+    def __init__(self, layer, window, attention, vocab_size):
         super().__init__()
-        assert MODEL_DIM % HEAD_DIM == 0 and MODEL_DIM > HEAD_DIM, "two heads or more"
+        width = MODEL_DIM // QUERY_GROUP  # of keys and of values
+        assert width % HEAD_DIM == 0 and width > HEAD_DIM, "MODEL_DIM / QUERY_GROUP: two heads of HEAD_DIM, or more"
         self.window = window
         self.attention = attention
-        self.query, self.key, self.value = (Linear(MODEL_DIM, MODEL_DIM) for _ in range(3))
-        self.out = Linear(MODEL_DIM, MODEL_DIM, bound=0)
+        self.query = Linear(MODEL_DIM, MODEL_DIM)
+        self.key = Linear(MODEL_DIM, width)
+        self.value = Linear(MODEL_DIM, width)
+        self.out = Linear(MODEL_DIM, MODEL_DIM, scale=0)
         self.value_embeds = None
-        if value_vocab_size:
-            self.value_embeds = nn.Embedding(value_vocab_size, MODEL_DIM)
-            nn.init.uniform_(self.value_embeds.weight, -INIT_BOUND, INIT_BOUND)
-            self.gate = Linear(GATE_CHANNELS, MODEL_DIM // HEAD_DIM, bound=0)
+        if layer % 2 == (DEPTH - 1) % 2:  # in every other block, the last one among them
+            self.value_embeds = nn.Embedding(vocab_size, width)
+            bound = INIT_SCALE * MODEL_DIM**-0.5
+            nn.init.uniform_(self.value_embeds.weight, -bound, bound)
+            self.ve_gate = Linear(GATE_CHANNELS, width // HEAD_DIM, scale=0)
 
-    def forward(self, x, inputs, rotary):
-        B, T, D = x.shape
-        heads = (B, T, D // HEAD_DIM, HEAD_DIM)
-        q, k, v = norm(self.query(x).view(heads)), norm(self.key(x).view(heads)), self.value(x).view(heads)
+    def forward(self, x, inputs, cos_sin):
+        heads = (*x.shape[:2], -1, HEAD_DIM)
+        q = norm(self.query(x).view(heads))
+        k = norm(self.key(x).view(heads))
+        v = self.value(x).view(heads)
+
+        # Value embeddings (Zhou et al. 2024, arXiv 2410.17897) of the tokens, times a gate per head, 1 at first
         if self.value_embeds is not None:
-            gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # [B, T, H], 1 at first
-            v = v + gate.unsqueeze(-1) * self.value_embeds(inputs).to(x.dtype).view(heads)
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * self.value_embeds(inputs).to(v.dtype).view(heads)
+
         before, same = k.chunk(2, dim=2)
         k = torch.cat([shift(before), same], dim=2)
-        y = self.attention(rotate(q, rotary), rotate(k, rotary), v, self.window)
-        return self.out(y.reshape(B, T, D))
+        y = self.attention(apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin), v, self.window)
+        return self.out(y.flatten(2))
 
 
 class MLP(nn.Module):
+    """Squared ReLU (So et al. 2021, arXiv 2109.08668)."""
+
     def __init__(self):
         super().__init__()
         self.up = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)
-        self.down = Linear(MLP_RATIO * MODEL_DIM, MODEL_DIM, bound=0)
+        self.down = Linear(MLP_RATIO * MODEL_DIM, MODEL_DIM, scale=0)
 
     def forward(self, x):
         return self.down(F.relu(self.up(x)).square())
+
+
+class Head(nn.Module):
+    """Logits, or the mean loss in nats where there are targets, of the last state x [B, T, D]."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        # To tie it to the embeddings: head.lm_head.weight = embed.wte.weight in GPT, and logits / MODEL_DIM below
+        self.lm_head = Linear(MODEL_DIM, vocab_size)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        self.pointer = Pointer() if POINTER else None
+
+    def forward(self, x, inputs, targets=None):
+        x = norm(x)
+        logits = self.lm_head(x).float()
+        if LOGIT_CAP:
+            logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
+        if self.pointer is not None:
+            weights, odds = self.pointer(x)
+
+        # To predict: of every token, what a softmax takes
+        if targets is None:
+            if self.pointer is None:
+                return logits
+            copied = torch.zeros_like(logits).scatter_add(-1, inputs[:, None].expand_as(weights), weights)
+            return log_mixture(logits.log_softmax(-1), copied, odds)
+
+        # To train: of the target alone. By a mask, because the backward of a gather is a scatter, which is slow
+        is_target = torch.arange(logits.size(-1), device=x.device) == targets[..., None]
+        log_likelihoods = logits.where(is_target, 0).sum(-1) - logits.logsumexp(-1)
+        if self.pointer is not None:
+            copied = (weights * (inputs[:, None] == targets[..., None])).sum(-1)
+            log_likelihoods = log_mixture(log_likelihoods, copied, odds[..., 0])
+        return -log_likelihoods.mean()  # other objectives go here
 
 
 class Pointer(nn.Module):
@@ -234,15 +295,24 @@ class Pointer(nn.Module):
     def __init__(self):
         super().__init__()
         self.state = Linear(MODEL_DIM, MODEL_DIM)
-        self.gate = Linear(MODEL_DIM, 1, bound=0)
+        self.gate = Linear(MODEL_DIM, 1, scale=0)
 
     def forward(self, x):
+        # Each state against the one before each token. (For AVX-512 torch 2.11 compiles q @ shift(q).mT to NaN)
         q = norm(self.state(x))
-        scores = F.pad(q @ q.mT, (1, -1)).float()  # with the state before each token (shift(q) is NaN with AVX-512)
-        scores = POINTER_SCALE * scores / math.sqrt(MODEL_DIM)
-        scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -math.inf)
+        scores = POINTER_SCALE * F.pad(q @ q.mT, (1, -1)).float() / math.sqrt(MODEL_DIM)
+        later = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+        # The better the match, the likelier a copy
         match = scores.logsumexp(dim=-1, keepdim=True)
-        return (scores - match).exp(), self.gate(x).float() + match + POINTER_ODDS
+        weights = (scores - match).exp()
+        return weights, self.gate(x).float() + match + POINTER_ODDS
+
+
+def log_mixture(log_generated, copied, odds):
+    """The pointer's formula: log of (1 - g) generated + g copied, with g = sigmoid(odds)."""
+    log_copied = copied.clamp_min(1e-30).log()
+    return torch.logaddexp(log_generated, log_copied + odds) - F.softplus(odds)
 
 
 def shift(x):
@@ -262,141 +332,109 @@ def hash_ngrams(inputs):
     return torch.stack([pairs, triples], dim=-1) % NGRAM_ROWS
 
 
-def rotate(x, rotary):
-    """Rotary positions on x [B, T, H, K]: channels i and i + K / 2 turn by an angle that grows with the position."""
-    cos, sin = rotary[:, : x.size(1), None]  # [T, 1, K / 2]
+def apply_rotary_emb(x, cos, sin):
+    """Turn channels i and i + K / 2 of x [B, T, H, K] by the angle of their position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-# --------------------------------------
-# Attention, three back ends: q, k, v [B, T, H, K]; a position sees itself and `window` earlier ones
-
-
 def banded(q, k, v, window):
-    """Plain torch, on any device: four bands of queries, each with the keys that one of them sees."""
+    """
+    Attention: a position sees itself and `window` earlier ones. q [B, T, H, K]; k, v [B, T, G, K], each for H / G heads
+    of q. On CUDA runtime.set_up() takes FlashAttention instead, where its results are those of this function.
+    """
+    if k.size(2) < q.size(2):
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+
+    # Four bands of queries, each with the keys that one of them sees
     T = q.size(1)
+    length = math.ceil(T / 4)
+    positions = torch.arange(T, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     bands = []
-    for start in range(0, T, -(-T // 4)):
-        first, end = max(0, start - window), min(T, start - (-T // 4))
-        distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+    for start in range(0, T, length):
+        first = max(0, start - window)
+        end = min(T, start + length)
+        distance = positions[start:end, None] - positions[first:end]
         scores = (q[:, :, start:end] @ k[:, :, first:end].mT).float() / math.sqrt(q.size(-1))
         scores = scores.masked_fill((distance < 0) | (distance > window), -math.inf)
         bands.append(scores.softmax(dim=-1).to(v.dtype) @ v[:, :, first:end])
     return torch.cat(bands, dim=2).transpose(1, 2)
 
 
-def varlen(q, k, v, window):
-    """FlashAttention-2 in the torch wheel, for CUDA from Ampere on, in bfloat16."""
-    B, T, H, K = q.shape
-    ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-    q, k, v = (x.reshape(B * T, H, K) for x in (q, k, v))
-    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(window, 0)).view(B, T, H, K)
-
-
-def load_flash3():
-    """FlashAttention-3 for A100 and H100, as prepare.py has downloaded it."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    flash_attn_func = prepare.load_flash3().flash_attn_func
-
-    def flash3(q, k, v, window):
-        y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-        return y[0] if isinstance(y, tuple) else y
-
-    return flash3
-
-
-def choose_attention(device, dtype, compiled):
-    """The fastest back end that is right here."""
-    loaders = {"varlen": lambda: varlen} if device.type == "cuda" else {}
-    if loaders and torch.cuda.get_device_capability(device) in prepare.FLASH3_CAPABILITIES:
-        loaders = {"flash3": load_flash3} | loaders
-    for name, load in loaders.items():
-        try:
-            back_end = load()
-            probe_attention(torch.compile(back_end, dynamic=False) if compiled else back_end, device, dtype)
-            return back_end
-        except Exception as error:  # missing, failed, wrong: all the same
-            print(f"attention: {name} not used ({type(error).__name__}: {prepare.first_line(error)})")
-    return banded
-
-
-def probe_attention(back_end, device, dtype):
-    """AssertionError if value or gradients differ from float32 banded by more than bfloat16 noise."""
-    q, k, v, dy = (torch.randn(2, 256, 2, HEAD_DIM, device=device).to(dtype).requires_grad_() for _ in range(4))
-    for window in (32, 256):
-        results = []
-        for function, cast in ((back_end, dtype), (banded, torch.float32)):
-            y = function(q.to(cast), k.to(cast), v.to(cast), window)
-            results.append([y, *torch.autograd.grad(y, (q, k, v), dy.to(cast))])
-        for ours, reference in zip(*results, strict=True):
-            error = (ours.float() - reference.float()).norm() / reference.float().norm()
-            assert error < 0.02, f"differs from the reference by {error:.1%} at window {window}"
-
-
 # --------------------------------------
 # Optimizer: Muon for matrices, row-wise RMSprop for the table of n-grams, torch's AdamW for the rest
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932): coefficients of five steps, for a norm scaled by 1.02
-POLAR_EXPRESS = [
-    (8.15655, -22.4833, 15.8788),
-    (4.04293, -2.80892, 0.500018),
-    (3.89167, -2.77248, 0.506065),
-    (3.28575, -2.36813, 0.46449),
-    (2.34654, -1.70978, 0.423236),
-]
+POLAR_EXPRESS = [(8.15655, -22.4833, 15.8788), (4.04293, -2.80892, 0.500018), (3.89167, -2.77248, 0.506065)]
+POLAR_EXPRESS += [(3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.423236)]
 
 
 def orthogonalize(X, dtype):
     """The nearest matrices with all singular values 1 (about), in `dtype`: X [N, rows, cols] with rows <= cols."""
     X = (X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
+        # X becomes a X + (b A + c A A) X
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+        polynomial = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, polynomial, X, beta=a)
     return X
 
 
 def muon_update(weights, grads, momenta, second_moments, lr, momentum, beta2, decay, dtype):
-    """
-    One step of N matrices of one shape, none taller than wide, in place: Nesterov momentum, orthogonalized, with the
-    variance reduction of NorMuon (Li et al. 2025, arXiv 2510.05491), a second moment for each column, and cautious
-    weight decay. Scalars are 0-d tensors.
-    """
-    old, grads = torch.stack(weights), torch.stack(grads)
+    """One step of Muon, in place: lists of stacks [N, rows, cols], rows <= cols, and numbers as 0-d tensors."""
+    # Nesterov momentum
+    grads = torch.cat(grads)
     momenta.lerp_(grads, 1 - momentum)
-    update = orthogonalize(grads.lerp(momenta, momentum), dtype).float()
+    update = grads.lerp(momenta, momentum)
+
+    # Orthogonalize (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+    update = orthogonalize(update, dtype).float()
+
+    # Variance reduction (NorMuon, Li et al. 2025, arXiv 2510.05491): columns of equal size, and the norm as before
     squares = update.square().mean(dim=-2, keepdim=True)
     second_moments.lerp_(squares, 1 - beta2)
     factor = second_moments.clamp_min(1e-10).rsqrt()
-    kept = squares.sum(dim=-1, keepdim=True) / (squares * factor.square()).sum(dim=-1, keepdim=True).clamp_min(1e-10)
-    update = update * factor * kept.sqrt()  # as long as before
+    scaled_squares = (squares * factor.square()).sum(dim=-1, keepdim=True)
+    kept = squares.sum(dim=-1, keepdim=True) / scaled_squares.clamp_min(1e-10)
+    update = update * factor * kept.sqrt()
+
+    # Cautious weight decay (Chen et al. 2025, arXiv 2510.12402): only where update and weight agree in sign
+    old = torch.cat(weights)
     new = old - lr * (update + decay * old.where(update * old > 0, 0))
-    for weight, matrix in zip(weights, new, strict=True):
-        weight.copy_(matrix)
+    for weight, matrices in zip(weights, new.split([len(weight) for weight in weights]), strict=True):
+        weight.copy_(matrices)
+
+
+def as_stack(weight):
+    """A view [N, outputs, inputs] of the weight of a Linear, or of those of N experts, [N, inputs, outputs]."""
+    return weight.mT if weight.ndim == 3 else weight[None]
 
 
 class Muon(torch.optim.Optimizer):
-    """Each group has matrices of one shape, which step together and are multiplied in `dtype`."""
+    """Each group has matrices of one shape, which step together and are multiplied in the precision of `setup`."""
 
-    def __init__(self, groups, dtype, compiled):
-        super().__init__(groups, {})
-        self.dtype = dtype
-        self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
+    def __init__(self, groups, setup):
+        super().__init__(groups, dict(momentum=0.0))  # until set_schedules() sets it
+        self.dtype = setup.dtype
+        self.update = torch.compile(muon_update, dynamic=False, disable=not setup.compiled)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            weights = group["params"]
-            grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-            state = self.state[weights[0]]
-            if weights[0].size(0) >= weights[0].size(1):
-                weights, grads = ([matrix.mT for matrix in matrices] for matrices in (weights, grads))
+            state = self.state[group["params"][0]]
+            weights = [as_stack(weight) for weight in group["params"]]
+            grads = [as_stack(torch.zeros_like(x) if x.grad is None else x.grad) for x in group["params"]]
+            if weights[0].size(1) >= weights[0].size(2):
+                weights = [weight.mT for weight in weights]
+                grads = [grad.mT for grad in grads]
             if not state:
-                state["momenta"] = torch.zeros_like(torch.stack(weights))
+                state["momenta"] = torch.zeros_like(torch.cat(weights))
                 state["second_moments"] = torch.zeros_like(state["momenta"][:, :1])
-            scalars = map(torch.tensor, (group["lr"], group["momentum"], MUON_BETA2, group["weight_decay"]))
-            self.update(weights, grads, *state.values(), *scalars, dtype=self.dtype)
+
+            # Numbers as tensors, so that a new one compiles nothing
+            numbers = (group["lr"], group["momentum"], MUON_BETA2, group["weight_decay"])
+            self.update(weights, grads, *state.values(), *map(torch.tensor, numbers), dtype=self.dtype)
 
 
 class RowwiseRMSprop(torch.optim.Optimizer):
@@ -404,53 +442,71 @@ class RowwiseRMSprop(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for weight, lr in ((weight, group["lr"]) for group in self.param_groups for weight in group["params"]):
-            if weight.grad is None:
-                continue
-            grad = weight.grad.coalesce()
-            rows, values = grad.indices()[0], grad.values()
-            if weight not in self.state:
-                self.state[weight]["squares"] = weight.new_zeros(len(weight), 1)
-            squares = self.state[weight]["squares"]
-            squares[rows] = mean = squares[rows].lerp(values.square().mean(dim=1, keepdim=True), 1 - ADAM_BETAS[1])
-            values.div_(mean.sqrt() + ADAM_EPS)
-            weight.add_(grad, alpha=-lr)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["squares"] = weight.new_zeros(len(weight), 1)
+                grad = weight.grad.coalesce()
+                rows, values = grad.indices()[0], grad.values()
+                squares = values.square().mean(dim=1, keepdim=True)
+                mean = state["squares"][rows].lerp(squares, 1 - ADAM_BETAS[1])
+                state["squares"][rows] = mean
+                values.div_(mean.sqrt() + ADAM_EPS)
+                weight.add_(grad, alpha=-group["lr"])
+
+
+def kind_of(weight, module, model):
+    """Which group a parameter of a module belongs to: by what it is, never by its name."""
+    if module is model.embed.wte:
+        return "wte"
+    if module is model.head.lm_head:
+        return "lm_head"
+    if isinstance(module, nn.Embedding):
+        return "sparse" if module.sparse else "embedding"
+
+    # Weights of a Linear, and those of experts [N, inputs, outputs]. What is one row or column counts as a vector
+    of_matrices = isinstance(module, nn.Linear) or (weight.ndim == 3 and not isinstance(module, nn.Conv1d))
+    if of_matrices and weight.ndim > 1 and min(weight.shape[-2:]) > 1:
+        return "matrix"
+    return "x0" if weight is model.x0_lambdas else "scalar"
 
 
 def build_optimizers(model):
-    """Every parameter that trains in one group, by what it is, never by its name; else SystemExit."""
+    """Every parameter that trains in one group; else SystemExit, naming it. A tied weight counts where it is first."""
     members, matrices = defaultdict(list), defaultdict(list)
-    for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            if not weight.requires_grad:
-                continue
-            elif module in (model.wte, model.lm_head):
-                members[module].append(weight)
-            elif isinstance(module, nn.Embedding):
-                members["sparse" if module.sparse else "dense"].append(weight)
-            elif isinstance(module, nn.Linear) and weight.squeeze().ndim == 2:
-                matrices[weight.shape].append(weight)
-            else:
-                members["x0" if weight is model.x0_lambdas else "scalars"].append(weight)
-    scale = (MODEL_DIM / 768) ** -0.5
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            kind = kind_of(weight, model.get_submodule(name.rpartition(".")[0]), model)
+            members[kind].append(weight)
+    for weight in members["matrix"]:
+        matrices[as_stack(weight).shape].append(weight)
+
+    # A matrix that is taller than wide takes larger steps
     muon = [
-        dict(params=same, lr=MATRIX_LR * max(1, rows / cols) ** 0.5, weight_decay=MATRIX_DECAY, momentum=0.0)
-        for (rows, cols), same in matrices.items()
+        dict(params=same, lr=MATRIX_LR * max(1, rows / cols) ** 0.5, weight_decay=MATRIX_DECAY, decay_fades=True)
+        for (_, rows, cols), same in matrices.items()
     ]
+    scale = (MODEL_DIM / 768) ** -0.5
     adamw = [
-        dict(params=members[model.wte], lr=EMBEDDING_LR * scale, weight_decay=WTE_DECAY),
-        dict(params=members["dense"], lr=EMBEDDING_LR * scale, weight_decay=VALUE_DECAY),
-        dict(params=members[model.lm_head], lr=UNEMBEDDING_LR * scale, weight_decay=UNEMBEDDING_DECAY),
-        dict(params=members["scalars"], lr=SCALAR_LR, weight_decay=0.0),
+        dict(params=members["wte"], lr=EMBEDDING_LR * scale, weight_decay=WTE_DECAY),
+        dict(params=members["embedding"], lr=EMBEDDING_LR * scale, weight_decay=VALUE_DECAY),
+        dict(params=members["lm_head"], lr=UNEMBEDDING_LR * scale, weight_decay=UNEMBEDDING_DECAY),
+        dict(params=members["scalar"], lr=SCALAR_LR, weight_decay=0.0),
         dict(params=members["x0"], lr=X0_LR, weight_decay=0.0, betas=X0_BETAS),
     ]
     tables = [dict(params=members["sparse"], lr=NGRAM_LR * scale)]
+
     uses = Counter(weight for group in muon + adamw + tables for weight in group["params"])
     for name, weight in model.named_parameters():
         if weight.requires_grad and uses[weight] != 1:
             raise SystemExit(f"{name} is in {uses[weight]} groups of build_optimizers(), it must be in one")
-    adamw = torch.optim.AdamW(adamw, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
-    return [Muon(muon, model.dtype, model.compiled), adamw, RowwiseRMSprop(tables, {})]
+    optimizers = [torch.optim.AdamW(adamw, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True), RowwiseRMSprop(tables, {})]
+    if muon:
+        optimizers.insert(0, Muon(muon, model.setup))
+    return optimizers
 
 
 # --------------------------------------
@@ -463,72 +519,68 @@ def lr_factor(progress):
 
 
 def set_schedules(optimizers, progress):
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress)
-        if "momentum" in group:  # Muon's
-            start, end = MUON_MOMENTUM
-            group["momentum"] = start + (end - start) * min(1.0, progress / MOMENTUM_RAMP)
-            group["weight_decay"] = group.setdefault("initial_decay", group["weight_decay"]) * (1 - progress)
+    start, end = MUON_MOMENTUM
+    momentum = start + (end - start) * min(1.0, progress / MOMENTUM_RAMP)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress)
+            if "momentum" in group:  # Muon's
+                group["momentum"] = momentum
+            if group.get("decay_fades"):
+                group["weight_decay"] = group.setdefault("initial_decay", group["weight_decay"]) * (1 - progress)
 
 
 # --------------------------------------
-# Main
-
-PEAK_FLOPS = {  # dense, bfloat16 (NVIDIA data sheets), by torch's name
-    "NVIDIA B200": 2250e12, "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": 165.2e12,
-}  # fmt: skip
+# Main: build a model, try which batch fits, train, score
 
 
-def choose_device():
-    if not GPU and (why := prepare.why_no_gpu()):
-        print(f"CPU: {why}")
-    return torch.device("cuda" if GPU else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_dtype(device):
-    """bfloat16 where it is fast."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    size, threads, seconds = 256 if device.type == "cpu" else 2048, torch.get_num_threads(), []
-    torch.set_num_threads(1)  # two wait for each other beside others
-    for dtype in (torch.bfloat16, torch.float32):
-        a = torch.ones(size, size, device=device, dtype=dtype)
-        seconds.append(min(timeit.repeat(lambda a=a: (a @ a, prepare.synchronize(device)), number=1, repeat=50)))
-    torch.set_num_threads(threads)
-    return torch.bfloat16 if seconds[0] < 0.8 * seconds[1] else torch.float32
-
-
-def set_up(device):
-    """The fastest precision, attention and code that is right here. What falls back prints a line."""
-    torch.set_float32_matmul_precision("high")
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # glibc: keep what is freed; page faults take 10% of a step
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    compiled = COMPILE and device.type != "mps"
-    try:
-        prepare.mend_compiler()
-        x = torch.ones(2**15, device=device, requires_grad=True)
-        torch.compile(lambda x: norm(x).sum(), disable=not compiled)(x).backward()
-    except Exception as error:  # no compiler, no headers, no Triton: all the same
-        why = f"are a C++ compiler and Python.h here? {prepare.first_line(error)}"
-        print(f"COMPILE: torch.compile does not work, going on without ({why})")
-        compiled = False
-    dtype = choose_dtype(device)
-    return dtype, choose_attention(device, dtype, compiled), compiled
-
-
-def build_model(benchmark, device, dtype=torch.float32, attention=banded, compiled=False):
+def build_model(benchmark, setup):
     """A fresh model of a benchmark's vocabulary, row length and seed."""
-    gc.collect()  # of an earlier model: compiled modules are cycles
-    torch.cuda.empty_cache()
+    runtime.free_memory()  # of an earlier model
     torch.manual_seed(benchmark.seed)
-    with torch.device(device):
-        model = GPT(benchmark.vocab_size, benchmark.max_seq_len, dtype, attention)
-    if compiled:
-        model.compile_parts()
+    with torch.device(setup.device):
+        model = GPT(benchmark.vocab_size, benchmark.max_seq_len, setup)
+
+    # Matrices are multiplied in the precision of `setup` even if a float32 factor has made the stream float32
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.dtype = setup.dtype
+    model.compile_parts()
     return model
+
+
+def rehearse(benchmark, setup, shapes, accumulation):
+    """Compile all and fill the memory: two steps of a throwaway model in each shape (rows, T), and a scoring pass."""
+    model = build_model(benchmark, setup)
+    optimizers = build_optimizers(model)
+    for shape in shapes:
+        inputs, targets = torch.randint(benchmark.vocab_size, (2, *shape), device=setup.device)
+        for _ in range(2):
+            train_step(model, optimizers, [(inputs, targets)] * accumulation, progress=0.0)
+
+    # The probe holds the logits of two passes
+    model.eval()
+    rows = prepare.scoring_rows(benchmark, shapes[0][0])
+    inputs = torch.randint(benchmark.vocab_size, (rows, benchmark.max_seq_len), device=setup.device)
+    _held = [model(inputs).detach() for _ in range(2)]
+    runtime.report_trial(model)
+
+
+def find_batch(benchmark, setup):
+    """Rows per forward pass that fit in memory, and forward passes per step."""
+    T = benchmark.max_seq_len
+    rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // T))
+    while True:
+        accumulation = max(1, round(TOTAL_BATCH_SIZE / (rows * T)))
+        try:
+            # With all shapes that training will use: the others would compile while the clock runs
+            rehearse(benchmark, setup, [(rows, T)], accumulation)
+            return rows, accumulation
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not runtime.is_out_of_memory(error):
+                raise
+        print(f"DEVICE_BATCH_SIZE: {rows} rows do not fit in memory, trying {rows // 2}; set it to what fits")
+        rows //= 2
 
 
 def train_step(model, optimizers, batches, progress):
@@ -545,101 +597,47 @@ def train_step(model, optimizers, batches, progress):
     return total
 
 
-def rehearse(rows, accumulation, benchmark, device, *setup):
-    """Compile everything and fill the memory: two steps and a scoring pass of a throwaway model."""
-    model = build_model(benchmark, device, *setup)
-    optimizers = build_optimizers(model)
-    inputs, targets = torch.randint(benchmark.vocab_size, (2, rows, benchmark.max_seq_len), device=device)
-    for _ in range(2):
-        train_step(model, optimizers, [(inputs, targets)] * accumulation, progress=0.0)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and weight.grad is None:
-            print(f"{name} has no gradient: it does not train")
-    model.eval()
-    [model(inputs[: prepare.scoring_rows(benchmark, rows)]).detach() for _ in range(2)]  # the probe holds two
-
-
-def find_batch(benchmark, device, *setup):
-    """Rows per forward pass that fit in memory, and forward passes per step."""
-    rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // benchmark.max_seq_len))
-    while True:
-        accumulation = max(1, round(TOTAL_BATCH_SIZE / (rows * benchmark.max_seq_len)))
-        try:
-            rehearse(rows, accumulation, benchmark, device, *setup)
-            return rows, accumulation
-        except (RuntimeError, MemoryError) as error:
-            if rows == 1 or not re.search("(of|enough|allocate) memory|ALLOC_FAILED|MemoryError", repr(error)):
-                raise
-        print(f"DEVICE_BATCH_SIZE: {rows} rows do not fit in memory, trying {rows // 2}; set it to what fits")
-        rows //= 2
-
-
-def checked(loss, step):
-    """Its number. NaN, infinity or more than 100 end the run."""
-    if not loss.item() <= 100:
-        raise SystemExit(f"stopped at step {step}: loss {loss.item()}; lower the learning rates")
-    return loss.item()
-
-
 def main():
-    sys.stdout.reconfigure(line_buffering=True)
-    device = choose_device()
+    device = runtime.choose_device()
     benchmark = load_benchmark()
     clock = TrainingClock(benchmark, device)
-    dtype, attention, compiled = setup = set_up(device)
-    name = prepare.device_name(device)
+    setup = runtime.set_up(device, banded, HEAD_DIM, QUERY_GROUP, COMPILE)
     print(f"commit {str(clock.origin['commit'])[:7]}, seed {benchmark.seed}, {benchmark.id}")
-    print(f"{name}, {dtype}; compiling what is new")
-    rows, accumulation = find_batch(benchmark, device, *setup)
-    for why in torch._dynamo.utils.counters["unimplemented"]:
-        print(f"COMPILE: graph break, {prepare.first_line(why)}; TORCH_LOGS=graph_breaks shows where")
-    model = build_model(benchmark, device, *setup)
+    print(f"{prepare.device_name(device)}, {setup.dtype}; compiling what is new")
+    rows, accumulation = find_batch(benchmark, setup)
+    model = build_model(benchmark, setup)
     optimizers = build_optimizers(model)
-    batch_tokens = accumulation * rows * benchmark.max_seq_len
-
     loader = make_dataloader(benchmark, "train", rows, device)
     status = Progress(max(10, benchmark.time_budget / 50))
+    step, loss, tokens = 0, None, Counter()  # tokens by the length of their rows
 
     clock.start()
-    step, previous, begun = 0, None, clock.elapsed  # preparations go above
-    while clock.elapsed + (clock.elapsed - begun) / max(1, step) < benchmark.time_budget:  # one more fits
+    while clock.elapsed * (1 + 1 / max(1, step)) < benchmark.time_budget:  # one more step fits
         progress = clock.progress
         batches = [next(loader) for _ in range(accumulation)]
-        loss = train_step(model, optimizers, batches, progress)
+        previous, loss = loss, train_step(model, optimizers, batches, progress)
         step += 1
-        if previous is not None:  # the step before: the device is busy with this one
+        for inputs, *_ in batches:
+            tokens[inputs.size(1)] += inputs.numel()
+
+        # The loss of the step before: the device is busy with this one
+        if previous is not None:
             status(
-                f"step {step:05d} | {progress:.1%} | loss {checked(previous, step - 1):.4f} | epoch {batches[0][2]} | "
-                f"{step * batch_tokens / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
+                f"step {step:05d} | {progress:.1%} | loss {previous.item():.4f} | epoch {batches[0][2]} | "
+                f"{tokens.total() / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
             )
+            if not previous.item() <= 100:  # NaN, too
+                raise SystemExit(f"stopped at step {step - 1}: loss {previous.item()}; lower the learning rates")
         clock.tick()
-        previous = loss
     clock.stop()
-    status(f"step {step:05d} | 100% | loss {checked(previous, step):.4f} | done", last=True)
-    flops = model.flops_per_token() * step * batch_tokens / clock.elapsed
+    status(f"step {step:05d} | 100% | loss {loss.item():.4f} | done", last=True)
+    runtime.name_slow_step(clock.ticks)
+
     val_bpb = evaluate_bpb(model, benchmark, rows, clock)
-    summary = {
-        "val_bpb": f"{val_bpb:.6f}",
-        "training_seconds": f"{clock.elapsed:.1f}",
-        "total_seconds": f"{time.monotonic() - prepare.PROCESS_START:.1f}",
-        "peak_vram_mb": f"{prepare.peak_memory_mb(device):.1f}",
-        "mfu_percent": f"{100 * flops / PEAK_FLOPS.get(name, math.inf):.2f}",
-        "total_tokens_M": f"{step * batch_tokens / 1e6:.1f}",
-        "num_steps": step,
-        "num_params_M": f"{sum(map(torch.numel, model.parameters())) / 1e6:.1f}",
-        "depth": DEPTH,
-        "device": name,
-        "benchmark": benchmark.id,
-        "seed": benchmark.seed,
-        "compiled": compiled,
-        "attention": attention.__name__,
-        "batch": f"{batch_tokens:,} tokens in {accumulation} x {rows} rows",
-        "slow_steps_percent": f"{clock.slow_steps_percent:.1f}",
-    }
-    print("---")
-    for key, value in summary.items():
-        print(f"{key + ':':<17} {value}")
-    return summary
+    flops = sum(model.flops_per_token(T) * count for T, count in tokens.items())
+    parameters = sum(map(torch.numel, model.parameters()))
+    batch = f"{accumulation * rows * benchmark.max_seq_len:,} tokens in {accumulation} x {rows} rows"
+    return runtime.summarize(clock, setup, val_bpb, step, tokens.total(), flops, parameters, DEPTH, batch)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """This machine: devices and their locks, cores, memory, a kernel that only some GPUs have, and what disturbs a run."""
 
+import ctypes
+import math
 import os
 import platform
 import re
@@ -18,6 +20,16 @@ from harness.journal import first_line, lock_folder
 # exit(1), which nothing catches
 FLASH3 = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # with `version` it is not found offline
 FLASH3_CAPABILITIES = ((8, 0), (9, 0))
+
+# A second, dense, bfloat16 (NVIDIA data sheets), by torch's name
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+}
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -100,6 +112,21 @@ def peak_memory_mb(device):
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: page faults take 10% of a step on a CPU."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def peak_flops(device):
+    """Of this device, a second in bfloat16; infinite where it is not known, so that no share of it is a guess."""
+    return PEAK_FLOPS.get(device_name(device), math.inf)
 
 
 def mend_compiler():

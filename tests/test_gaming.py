@@ -20,7 +20,7 @@ from conftest import CPU, ROOT, SMALL, TEXT, UNHURRIED, Agent, Function, new_rep
 
 import prepare
 import train
-from harness import journal
+from harness import journal, runtime
 from harness.journal import read_journal
 from harness.probe import Probe
 
@@ -34,7 +34,7 @@ def small(monkeypatch):
 def build(benchmark, dtype=torch.float32, attention=train.banded):
     """The model of train.py, with something in all of its weights, as after a training."""
     torch.manual_seed(0)
-    model = train.build_model(benchmark, CPU, dtype, attention)
+    model = train.build_model(benchmark, runtime.Setup(CPU, dtype, attention))
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn_like(weight))

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import prepare
 import train
-from harness import journal
+from harness import journal, runtime
 from swarm import notes
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
@@ -188,7 +188,7 @@ def trained(own, tmp_path):
     git(tmp_path, "add", "train.py")
     git(tmp_path, "commit", "-qm", "start")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    weights = train.build_model(own, CPU).state_dict()
+    weights = train.build_model(own, runtime.Setup(CPU, torch.float32, train.banded)).state_dict()
     torch.save({"commit": commit, "val_bpb": 2.5, "model": weights}, own.path / "best.pt")
     ledger = f"{HEADER}{commit[:7]}\t2.500000\t1.0\tkeep\tbaseline\n"
     run = journal_of(ledger)[0] | {"commit": commit, "benchmark": own.id}

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import itertools
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from conftest import CPU, ROOT, run
 
 import prepare
 import train
+from harness import machine, runtime
 from harness.journal import read_journal
 
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth
@@ -51,9 +53,13 @@ def shape(vocab_size=512):
     return types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=64, seed=1)
 
 
+def on_cpu(dtype=torch.float32, compiled=False):
+    return runtime.Setup(CPU, dtype, train.banded, compiled)
+
+
 def build(vocab_size=512, module=train, **options):
     """A model, and inputs and targets of three rows."""
-    model = module.build_model(shape(vocab_size), CPU, **options)
+    model = module.build_model(shape(vocab_size), on_cpu(**options))
     ids = torch.randint(vocab_size, (3, 65))
     return model, ids[:, :-1], ids[:, 1:]
 
@@ -80,12 +86,13 @@ assert not torch.cuda.is_initialized()
 assert not {"pyarrow", "requests", "tiktoken", "rustbpe", "kernels", "torch._dynamo"} & set(sys.modules)
 
 with torch.device("meta"):
-    model = train.GPT(8192, 2048, torch.bfloat16, train.banded)
+    model = train.GPT(8192, 2048, train.runtime.Setup("meta", torch.bfloat16, train.banded))
 assert model.windows == [256, 256, 256, 256, 2048, 256, 256, 256, 2048]
 dense = sum(weight.numel() for weight in model.parameters()) - model.ngrams.weight.numel()
 assert round(dense / 1e6) == 81 and model.ngrams.weight.numel() == 2**22 * 320
 matrices = 9 * 12 * 640 * 640 + 8192 * 640 + 5 * 32 * 5
-assert model.flops_per_token() == 6 * matrices + 12 * 640 * (7 * 256 + 2 * 2048)
+assert model.flops_per_token(2048) == 6 * matrices + 12 * 640 * (7 * 256 + 2 * 2048)
+assert model.flops_per_token(1024) == 6 * matrices + 12 * 640 * (7 * 256 + 2 * 1024)
 """
     result = run("-c", code)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -116,9 +123,9 @@ def test_compiled_gradients_are_right_in_bfloat16(monkeypatch, quick_compiler):
     benchmark = types.SimpleNamespace(vocab_size=512, max_seq_len=256, seed=1)
 
     def found(dtype, compiled):
-        model = train.build_model(benchmark, CPU, dtype, compiled=compiled)
+        model = train.build_model(benchmark, on_cpu(dtype, compiled))
         awaken(model)
-        return gradients(model(inputs, targets), model)
+        return [model(inputs).detach(), *gradients(model(inputs, targets), model)]
 
     for ours, exact in zip(found(torch.bfloat16, True), found(torch.float32, False)):
         assert (ours - exact).norm() < 0.05 * exact.norm()
@@ -151,9 +158,9 @@ def test_logits_are_those_of_a_mixture(small):
     model, inputs, _ = build(vocab_size=20)
     awaken(model)
     x = torch.randn(3, 64, 64)
-    likelihoods = model.logits(x, inputs).softmax(dim=-1)
-    head = torch.nn.functional.linear(train.norm(x), model.lm_head.weight).softmax(dim=-1)
-    weights, odds = model.pointer(train.norm(x))
+    likelihoods = model.head(x, inputs).softmax(dim=-1)
+    head = torch.nn.functional.linear(train.norm(x), model.head.lm_head.weight).softmax(dim=-1)
+    weights, odds = model.head.pointer(train.norm(x))
     for row, t in ((0, 0), (0, 5), (1, 40), (2, 63)):
         copied = torch.zeros(20)
         for s in range(t + 1):
@@ -169,15 +176,21 @@ def test_smear_adds_a_share_of_the_token_before():
     assert torch.allclose(y[:, 1:], x[:, 1:] + gates * x[:, :-1])
 
 
+def angles(T):
+    model = build()[0]
+    return model.cos[:, :T], model.sin[:, :T]
+
+
 def test_half_of_the_keys_are_of_the_token_before(small):
     """A head with such keys sees what stands at a place by what stood before it."""
-    seen, rotary = [], build()[0].rotary
-    attention = train.Attention(64, lambda q, k, v, window: seen.append(k) or v, 0)
+    seen, cos_sin = [], angles(7)
+    attention = train.Attention(1, 64, lambda q, k, v, window: seen.append(k) or v, 512)
     x = torch.randn(2, 7, 64)
-    attention(x, None, rotary)
+    attention(x, None, cos_sin)
     for head, tokens in enumerate((train.shift(x), x)):
         keys = attention.key(tokens).view(2, 7, 2, 32)
-        assert torch.allclose(seen[0][:, :, head], train.norm(train.rotate(keys, rotary))[:, :, head], atol=1e-5)
+        rotated = train.norm(train.apply_rotary_emb(keys, *cos_sin))
+        assert torch.allclose(seen[0][:, :, head], rotated[:, :, head], atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -197,8 +210,8 @@ def test_ngrams_are_of_a_token_and_those_before(small, n):
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance(small):
-    rotary, vectors = build()[0].rotary, torch.randn(2, 32)
-    q, k = (train.rotate(vector.expand(1, 64, 1, 32), rotary)[0, :, 0] for vector in vectors)
+    cos_sin, vectors = angles(64), torch.randn(2, 32)
+    q, k = (train.apply_rotary_emb(vector.expand(1, 64, 1, 32), *cos_sin)[0, :, 0] for vector in vectors)
     assert torch.allclose(q.norm(dim=-1), vectors[0].norm(), atol=1e-5)
     scores = (q @ k.T).numpy()
     for distance in (0, 3, 20):
@@ -208,6 +221,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance(small):
 def naive_attention(q, k, v, window):
     """Every score, one mask."""
     T, K = q.shape[1], q.shape[-1]
+    k, v = (torch.stack([x[:, :, h * x.size(2) // q.size(2)] for h in range(q.size(2))], dim=2) for x in (k, v))
     scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(K)
     distance = torch.arange(T)[:, None] - torch.arange(T)
     scores = scores.masked_fill((distance < 0) | (distance > window), -math.inf)
@@ -215,9 +229,11 @@ def naive_attention(q, k, v, window):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 0.012)])  # scores are float32
-@pytest.mark.parametrize("window", [1, 3, 5, 8, 32, 63, 64, 100])
-def test_banded_windows(window, dtype, tolerance):
-    parts, results = torch.randn(3, 2, 64, 2, 16, dtype=torch.float64), []
+@pytest.mark.parametrize("window", [1, 5, 32, 63, 100])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])  # of queries; of keys and values
+def test_banded_windows(window, dtype, tolerance, heads):
+    H, G = heads
+    parts, results = [torch.randn(2, 64, count, 16, dtype=torch.float64) for count in (H, G, G)], []
     for attention, cast in ((train.banded, dtype), (naive_attention, torch.float64)):
         q, k, v = (part.to(cast).requires_grad_() for part in parts)
         y = attention(q, k, v, window)
@@ -237,15 +253,16 @@ HOPPER = """
 import torch
 torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda device=None: (9, 0)
 import prepare, train, types
-probe = train.probe_attention
-train.probe_attention = lambda f, device, dtype: probe(f, torch.device("cpu"), dtype)
+from harness import machine, runtime
+compare = runtime.compare
+runtime.compare = lambda f, setup, *rest: compare(f, setup._replace(device=torch.device("cpu")), *rest)
 """
 FETCH = f"{HOPPER}prepare.fetch_flash3()"
 CHOOSE = f"""{HOPPER}
 for revision in ("v1", "v2"):
-    prepare.FLASH3["revision"] = revision
-    attention = train.choose_attention(types.SimpleNamespace(type="cuda"), torch.bfloat16, False)
-    print(attention.__name__)
+    machine.FLASH3["revision"] = revision
+    setup = runtime.Setup(types.SimpleNamespace(type="cuda"), torch.bfloat16, train.banded)
+    print(runtime.choose_attention(setup, 32, 2).__name__)
 """
 
 
@@ -263,13 +280,13 @@ class KernelHub(http.server.SimpleHTTPRequestHandler):
 
 def write_hub(folder):
     """A hub with one kernel, which has one build for every back end: banded() under another name."""
-    repository, build = f"kernels/{prepare.FLASH3['repo_id']}", "build/torch-universal"
+    repository, build = f"kernels/{machine.FLASH3['repo_id']}", "build/torch-universal"
     files = {f"{build}/__init__.py": KERNEL, f"{build}/metadata.json": METADATA}
     listed = [{"type": "file", "path": name, "size": len(content), "oid": "0"} for name, content in files.items()]
     answers = {
         "organizations/kernels-community/overview": {"trustedKernelPublisher": True},
         f"{repository}/tree/v1/build": [{"type": "directory", "path": build, "oid": "0"}],
-        f"{repository}/revision/v1": {"id": prepare.FLASH3["repo_id"], "sha": COMMIT},
+        f"{repository}/revision/v1": {"id": machine.FLASH3["repo_id"], "sha": COMMIT},
         f"{repository}/tree/{COMMIT}": listed,
     }
     contents = {f"api/{name}": json.dumps(answer) for name, answer in answers.items()}
@@ -298,8 +315,9 @@ def test_hub_kernel_is_fetched_once_and_then_taken_without_network(tmp_path):
     assert missed.stdout.startswith("no FlashAttention-3, train.py will take torch's own attention (")
 
 
+@pytest.mark.parametrize("group", [1, 2])  # heads of queries for one of keys
 @pytest.mark.parametrize("fault", ["wrong", "window", "raises", "missing", "card"])
-def test_hub_kernel_falls_through(small, monkeypatch, capsys, fault):
+def test_hub_kernel_falls_through(small, monkeypatch, capsys, fault, group):
     def kernel(q, k, v, causal, window_size):
         if fault == "raises":
             raise RuntimeError("no kernel image is available for execution on the device\nmore lines")
@@ -310,10 +328,10 @@ def test_hub_kernel_falls_through(small, monkeypatch, capsys, fault):
     monkeypatch.setitem(sys.modules, "kernels", None if fault == "missing" else hub)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9) if fault == "card" else (9, 0))
-    probe = train.probe_attention
-    monkeypatch.setattr(train, "probe_attention", lambda back_end, device, dtype: probe(back_end, CPU, dtype))
-    monkeypatch.setattr(train, "varlen", lambda *arguments: train.banded(*arguments))
-    assert train.choose_attention(types.SimpleNamespace(type="cuda"), torch.bfloat16, False) is train.varlen
+    compare, setup = runtime.compare, runtime.Setup(types.SimpleNamespace(type="cuda"), torch.bfloat16, train.banded)
+    monkeypatch.setattr(runtime, "compare", lambda f, setup, *rest: compare(f, setup._replace(device=CPU), *rest))
+    monkeypatch.setattr(runtime, "varlen", lambda *arguments: train.banded(*arguments))
+    assert runtime.choose_attention(setup, 32, group) is runtime.varlen
     lines = capsys.readouterr().out.splitlines()
     assert [line.startswith("attention: flash3 not used (") for line in lines] == [True] * (fault != "card")
 
@@ -344,7 +362,7 @@ ADDED = """
         self.unused = nn.Parameter(torch.ones(()))
         self.idle = Linear(MODEL_DIM, MODEL_DIM)
 """
-WTE, EMBED = "self.wte(inputs)", "norm(self.wte(inputs) + ngrams.flatten(2)).to(self.dtype)"
+EMBED = "self.embed(inputs, self.ngrams(hash_ngrams(inputs)))"
 
 
 def adding(lines):
@@ -355,14 +373,17 @@ def adding(lines):
 def test_what_an_agent_adds_trains_and_what_is_unused_is_named(capsys):
     module = edited(
         adding(ADDED),
-        (EMBED, f"self.gain * self.gains[0] * self.gains[1] * {EMBED}"),
-        (WTE, f"self.conv(F.pad(self.mix(self.frozen({WTE}) + self.other(inputs)).mT, (2, 0))).mT"),
+        (
+            f"x = {EMBED}\n",
+            f"x = self.mix(self.frozen({EMBED}) + self.other(inputs))\n"
+            "        x = self.gain * self.gains[0] * self.gains[1] * self.conv(F.pad(x.mT, (2, 0))).mT\n",
+        ),
         ("        self.up = ", "        self.gate = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)\n        self.up = "),
         ("F.relu(self.up(x)).square()", "F.silu(self.gate(x)) * self.up(x)"),
     )
-    module.rehearse(2, 1, shape(), CPU)
+    module.rehearse(shape(), on_cpu(), [(2, 64)], 1)
     unused = ["unused", "idle.weight"]
-    assert capsys.readouterr().out.splitlines() == [f"{name} has no gradient: it does not train" for name in unused]
+    assert [line.split(" has no gradient")[0] for line in capsys.readouterr().out.splitlines()] == unused
 
     model, *batch = build(module=module)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -378,10 +399,10 @@ def test_what_an_agent_adds_trains_and_what_is_unused_is_named(capsys):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (adding("        self.lm_head.weight = self.wte.weight\n"), "wte.weight is in 2 groups of build_optimizers"),
-        (('dict(params=members["scalars"], lr=SCALAR_LR, weight_decay=0.0),', ""), "resid_lambdas is in 0 groups"),
+        (('members["wte"], lr', 'members["wte"] + members["x0"], lr'), "x0_lambdas is in 2 groups of build_optimizers"),
+        (('dict(params=members["scalar"], lr=SCALAR_LR, weight_decay=0.0),', ""), "resid_lambdas is in 0 groups"),
     ],
-    ids=["tied", "dropped"],
+    ids=["twice", "dropped"],
 )
 def test_a_parameter_that_is_not_in_one_group_is_refused_by_name(edit, message):
     module = edited(edit)
@@ -398,25 +419,30 @@ def test_weights_and_state_are_float32(both):
     state = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
     assert state and {tensor.dtype for tensor in (*model.parameters(), *state)} == {torch.float32}
     block = model.blocks[0]
-    assert block(torch.zeros(1, 64, 64).bfloat16(), 0, 1, 0, batch[0][:1], model.rotary).dtype == torch.bfloat16
+    x = torch.zeros(1, 64, 64).bfloat16()
+    assert block(x, 0, 1, 0, batch[0][:1], (model.cos, model.sin)).dtype == torch.bfloat16
 
 
 def test_rows_that_were_used_are_updated(small):
     """Against a loop in which every row that a batch uses is a vector with one mean square."""
     table = torch.nn.Embedding(12, 5, sparse=True)
     expected, squares = table.weight.detach().clone(), torch.zeros(12)
+    updates = torch.zeros(12)
     optimizer = train.RowwiseRMSprop([dict(params=[table.weight], lr=0.1)], {})
     factor = torch.randn(3, 9, 5)
-    for _ in range(5):
-        ids = torch.randint(8, (3, 9))  # never 8 to 11
+    for step in range(30):
+        train.set_schedules([optimizer], step / 30)
+        ids = torch.randint([3, 8, 8][step % 3], (3, 9))  # never 8 to 11, and 3 to 7 are rarer
         table.zero_grad(set_to_none=True)
         (table(ids) * factor).sum().backward()
         gradient = table.weight.grad.to_dense()
         optimizer.step()
         for row in ids.unique():
             squares[row] = 0.95 * squares[row] + 0.05 * gradient[row].square().mean()
-            expected[row] -= 0.1 * gradient[row] / squares[row].sqrt()
-        assert torch.allclose(table.weight, expected, atol=1e-6)
+            updates[row] += 1
+            rate = 0.1 * max(train.lr_factor(step / 30), 1 - 0.4 * updates[row] / (updates[row] + 16))
+            expected[row] -= rate * gradient[row] / squares[row].sqrt()
+        assert torch.allclose(table.weight, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1, 1e4])
@@ -438,7 +464,7 @@ def test_stacked_matrices_step_as_each_alone_would(quick_compiler, shape, compil
     weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
     alone = [weight.detach().clone() for weight in weights]
     group = dict(params=weights, lr=0.1, weight_decay=0.2, momentum=0.9)
-    optimizer = train.Muon([group], torch.float32, compiled)
+    optimizer = train.Muon([group], on_cpu(compiled=compiled))
     tall = shape[0] >= shape[1]
     momenta, squares = [torch.zeros(shape) for _ in weights], [torch.zeros(max(shape)) for _ in weights]
     for _ in range(3):
@@ -479,12 +505,44 @@ def test_schedules(small):
 # --------------------------------------
 # The loop
 
+USUAL = [0.05] * 100
+TICKS = {  # seconds of the steps, and what is said of them
+    "alike": (USUAL, ""),
+    "one recompiles": ([*USUAL[:40], 14.2, *USUAL], "step 41 took 14.2 s, the usual 0.05 s: did it recompile?\n"),
+    "the first one does": ([9.0, *USUAL], "step 1 took 9.0 s, the usual 0.05 s: did it recompile?\n"),
+    "two do": ([*USUAL, 3.0, *USUAL, 4.0], "step 202 took 4.0 s, the usual 0.05 s: did it recompile?\n"),
+    "a short hiccup": ([*USUAL, 0.6, *USUAL * 9], ""),
+    "many are slow": (USUAL + [2.0] * 10, ""),  # slow_steps_percent is for that
+    "a ramp": (USUAL + [0.4] * 100, ""),
+    "few steps": ([5.0, 0.1], ""),
+    "none": ([], ""),
+}
+
+
+@pytest.mark.parametrize("kind", TICKS)
+def test_a_step_that_took_far_longer_than_all_others_is_named(capsys, kind):
+    seconds, line = TICKS[kind]
+    runtime.name_slow_step([(elapsed, 0) for elapsed in itertools.accumulate(seconds)])
+    assert capsys.readouterr().out == line
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    """And what else torch.compile needs; else the error itself."""
+    monkeypatch.setattr(torch, "compile", lambda function: 1 / 0)
+    assert runtime.why_not_compiled(CPU) == "division by zero"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a b"))
+    assert f"a space in the path {tmp_path}/a b: set TORCHINDUCTOR_CACHE_DIR" in runtime.why_not_compiled(CPU)
+    monkeypatch.setattr(runtime.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert f"no {tmp_path}/Python.h: install the headers" in runtime.why_not_compiled(CPU)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert runtime.why_not_compiled(CPU) == "no C++ compiler no-such-compiler: install one, or set CXX"
+
 
 @pytest.mark.parametrize("wheel", [None, "13.0"])
 def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, capsys, wheel):
     monkeypatch.setattr(prepare.shutil, "which", lambda name: name == "nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", wheel)
-    assert train.choose_device().type == ("mps" if torch.backends.mps.is_available() else "cpu")
+    assert runtime.choose_device().type == ("mps" if torch.backends.mps.is_available() else "cpu")
     why = "with a driver before CUDA 13.0\n" if wheel else "has no CUDA ("
     assert why in capsys.readouterr().out
 
@@ -495,7 +553,7 @@ def test_accumulation_is_the_mean(small):
         model, *batch = build()
         batches = list(zip(*(part.chunk(split) for part in batch)))
         loss = train.train_step(model, train.build_optimizers(model), batches, 0.5)
-        results.append((loss.item(), model.lm_head.weight.detach().clone()))
+        results.append((loss.item(), model.head.lm_head.weight.detach().clone()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
 
@@ -521,8 +579,8 @@ OUT_OF_MEMORY = [
 
 
 def raise_beyond(monkeypatch, most, error):
-    def rehearse(rows, *_):
-        if rows > most:
+    def rehearse(benchmark, setup, shapes, accumulation):
+        if shapes[0][0] > most:
             raise error
 
     set_constants(monkeypatch, TOTAL_BATCH_SIZE=2048, DEVICE_BATCH_SIZE=4096, rehearse=rehearse)
@@ -531,7 +589,7 @@ def raise_beyond(monkeypatch, most, error):
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_out_of_memory_halves_the_rows(monkeypatch, capsys, error):
     raise_beyond(monkeypatch, 8, error)
-    assert train.find_batch(shape(), CPU) == (8, 4)
+    assert train.find_batch(shape(), on_cpu()) == (8, 4)
     assert re.findall(r"trying (\d+); set it to what fits", capsys.readouterr().out) == ["16", "8"]
 
 
@@ -547,7 +605,7 @@ def test_out_of_memory_halves_the_rows(monkeypatch, capsys, error):
 def test_an_error_of_the_code_ends_the_run_at_once(monkeypatch, capsys, error):
     raise_beyond(monkeypatch, 0, error)
     with pytest.raises(type(error)) as raised:
-        train.find_batch(shape(), CPU)
+        train.find_batch(shape(), on_cpu())
     assert raised.value is error and capsys.readouterr().out == ""
 
 
@@ -561,24 +619,27 @@ def test_an_error_in_a_compiled_block_has_its_traceback(benchmark, monkeypatch, 
     assert len(capfd.readouterr().out.splitlines()) == 2  # what it is about to do, and not that it went on without
 
 
-def test_no_instruction_set_is_tried():
-    """Which takes 5 s each, in every run."""
+def test_no_instruction_set_is_tried_and_no_cuda_is_missed(tmp_path):
+    """The first takes 5 s each, in every run; the second is a warning that a CPU needs no CUDA_HOME."""
     spy = "import torch._inductor.cpu_vec_isa as cpu; cpu.VecISA.check_build = lambda *_: print('tried') or True\n"
-    result = run("-c", spy + "import torch, train; print(train.set_up(torch.device('cpu'))[2])")
+    code = "import torch; from harness import runtime\n"
+    code += "print(runtime.set_up(torch.device('cpu'), None, 32, 1, True).compiled)"
+    result = run("-c", spy + code, CUDA_HOME=str(tmp_path))
     assert result.stdout.splitlines() == ["True"], result.stdout + result.stderr
+    assert "CUDA_HOME" not in result.stderr
 
 
 def test_a_graph_break_is_named(benchmark, monkeypatch, capfd):
-    def loss(self, x, inputs, targets, loss=train.GPT.loss):
-        value = loss(self, x, inputs, targets)
-        return value if value < 100 else 2 * value
+    def forward(self, x, inputs, targets=None, forward=train.Head.forward):
+        value = forward(self, x, inputs, targets)
+        return value if value.mean() < 100 else 2 * value
 
     set_constants(monkeypatch, TOTAL_BATCH_SIZE=512, DEPTH=2, COMPILE=True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.utils.counters.clear()
     train.main()
     assert "COMPILE" not in capfd.readouterr().out
-    monkeypatch.setattr(train.GPT, "loss", loss)
+    monkeypatch.setattr(train.Head, "forward", forward)
     train.main()
     assert "COMPILE: graph break, Data-dependent branching; TORCH_LOGS" in capfd.readouterr().out
 
@@ -586,10 +647,10 @@ def test_a_graph_break_is_named(benchmark, monkeypatch, capfd):
 def test_a_run_that_had_to_fall_back_says_so(benchmark, monkeypatch, capfd):
     """No compiler, and half the rows: a line each, and keys of the summary."""
 
-    def failing(*arguments, disable=False, **options):
+    def failing(function, disable=False, **options):
         if not disable:
-            raise RuntimeError("no C++ compiler found\nmore lines")
-        return lambda x: x.sum()
+            raise RuntimeError("no such instruction\nmore lines")
+        return function
 
     def forward(self, inputs, targets=None, forward=train.GPT.forward):
         if len(inputs) > 16:
@@ -601,7 +662,7 @@ def test_a_run_that_had_to_fall_back_says_so(benchmark, monkeypatch, capfd):
     monkeypatch.setattr(train.GPT, "forward", forward)
     summary = train.main()
     out = capfd.readouterr().out
-    assert "COMPILE: torch.compile does not work, going on without (are a C++ compiler and Python.h here? no C++" in out
+    assert "COMPILE: torch.compile does not work, going on without (no such instruction)\n" in out
     assert "32 rows do not fit in memory, trying 16" in out
     assert (summary["compiled"], summary["attention"]) == (False, "banded")
     assert summary["batch"] == "2,048 tokens in 2 x 16 rows" and 0 < float(summary["val_bpb"]) < 6

@@ -1,0 +1,195 @@
+"""
+What a GPU makes of train.py, in less than ten minutes a call:
+
+    uv run python tools/gpu.py                       # does it start, how fast; then all variants, while time is left
+    uv run python tools/gpu.py ours mar8 other.py    # these variants; a file stands for itself
+    uv run python tools/gpu.py --seconds 300 ours    # longer runs
+    uv run python tools/gpu.py --null --seconds 2    # no GPU: a smoke test on one that isn't there (null_cuda.py)
+
+Variants take turns, seed by seed. A result is a line of gpu.jsonl in the folder --out, and a later call goes on from
+there. The text is `local` in the shape of climbmix, because a lent machine has no network.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.bench import LATE_NORM, PLAIN
+
+SHAPE = ["--dataset", "local", "--seq-len", "2048", "--vocab-size", "8192"]
+SCORED = ["--val-rows", "1024", "--holdout-rows", "256"]
+SCORED_ON_NULL = ["--val-rows", "16", "--holdout-rows", "4"]
+PREDICTED = {"step_ms": 240, "memory_gib": 69}  # of an H100 with flash3, by tools/bench.py --gpu
+OVERHEAD = 60  # seconds that a run takes beside its training, until one has been seen
+SMOKE_SECONDS = 20  # of the first two runs, cold and warm
+
+# The best public run of five minutes has these
+SMALL_BATCH = dict(TOTAL_BATCH_SIZE=2**17, MATRIX_LR=0.02, EMBEDDING_LR=0.7, UNEMBEDDING_LR=0.008)
+SMALL_BATCH |= dict(ADAM_BETAS=(0.8, 0.98), MUON_BETA2=0.85, WARMDOWN_RATIO=0.9, FINAL_LR_FRAC=0.02)
+
+VARIANTS = {  # edits of train.py's text, and constants
+    "ours": ([], {}),
+    "mar8": ([*PLAIN, *LATE_NORM], {}),
+    "no n-grams": (PLAIN[:2], {}),
+    "pointer": ([], dict(POINTER=True)),
+    "batch 2^17": ([], SMALL_BATCH),
+}
+
+
+def load_variant(name):
+    """train.py as a module, or the file of that name, with the edits and constants of a variant."""
+    edits, constants = VARIANTS.get(name, ([], {}))
+    path = Path(name) if name.endswith(".py") else ROOT / "train.py"
+    source = path.read_text()
+    for old, new in edits:
+        if source.count(old) != 1:
+            sys.exit(f"gpu.py: {path} has {source.count(old)} times what the variant {name} edits: {old}")
+        source = source.replace(old, new)
+    module = types.ModuleType("train")
+    exec(compile(source, str(path), "exec"), vars(module))
+    vars(module).update(constants)
+    return module
+
+
+def run_variant(name):
+    """In a process of its own: train and score; the summary as the last line, in JSON."""
+    if os.environ.get("NULL_GPU"):
+        from tools.null_cuda import forgive_values
+
+        forgive_values()
+    summary = load_variant(name).main()
+    print(json.dumps(summary, default=str))
+
+
+class Session:
+    """Runs of at most `minutes` altogether, whose results are kept in a file."""
+
+    def __init__(self, out, minutes, environment):
+        self.out = out
+        self.end = time.monotonic() + 60 * minutes
+        self.environment = environment
+        self.overhead = OVERHEAD
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "gpu.jsonl"
+        self.results = []
+        if self.path.exists():
+            self.results = [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def prepare(self, shape, seconds):
+        """The benchmark of this length, which is then the current one."""
+        command = [sys.executable, "prepare.py", *shape, "--time-budget", str(seconds)]
+        subprocess.run(command, cwd=ROOT, env=self.environment, check=True, stdout=subprocess.DEVNULL)
+
+    def run(self, name, seed, seconds, kind="variant"):
+        """One run, unless it was done before or does not fit any more. Returns its result, or None."""
+        key = dict(kind=kind, name=name, seed=seed, seconds=seconds)
+        for result in self.results:
+            if key.items() <= result.items():
+                return result
+        if time.monotonic() + seconds + self.overhead > self.end:
+            return None
+        started = time.monotonic()
+        process = subprocess.run(
+            [sys.executable, __file__, "--run", name],
+            cwd=ROOT,
+            env=self.environment | {"AUTORESEARCH_SEED": str(seed)},
+            capture_output=True,
+            text=True,
+        )
+        result = key | {"total": round(time.monotonic() - started, 1)}
+        if process.returncode == 0:
+            *log, summary = process.stdout.splitlines()
+            result |= json.loads(summary)
+            result["log"] = [
+                line for line in log if re.match("attention:.*not used|COMPILE:|DEVICE_BATCH|step .*usual", line)
+            ]
+            self.overhead = result["total"] - float(result["training_seconds"]) + 5
+        else:
+            result["error"] = process.stderr.strip().splitlines()[-1:]
+        self.results.append(result)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(result) + "\n")
+        print_result(result)
+        return result
+
+
+def print_result(result):
+    if "error" in result:
+        print(f"{result['kind']:<8} {result['name']:<12} seed {result['seed']}: {result['error']}", flush=True)
+        return
+    seconds = float(result["training_seconds"])
+    columns = [
+        f"{result['val_bpb']} in {result['num_steps']} steps of {1000 * seconds / max(1, result['num_steps']):.0f} ms",
+        f"{1e6 * float(result['total_tokens_M']) / seconds:,.0f} tokens/s, MFU {result['mfu_percent']}%",
+        f"{float(result['peak_vram_mb']) / 1024:.1f} GiB, {result['attention']}, compiled: {result['compiled']}",
+        f"overhead {result['total'] - seconds:.1f} s",
+    ]
+    print(f"{result['kind']:<8} {result['name']:<12} seed {result['seed']}: {', '.join(columns)}", flush=True)
+    for line in result["log"]:
+        print(f"    {line}")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("variants", nargs="*", metavar="VARIANT", help=f"{', '.join(VARIANTS)}, or a file; default: all")
+    add("--seconds", type=float, default=90, help="of training in each run")
+    add("--seeds", type=int, default=3, help="rounds")
+    add("--minutes", type=float, default=9.5, help="of this call")
+    add("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder of gpu.jsonl")
+    add("--null", action="store_true", help="on the null GPU")
+    add("--run", metavar="VARIANT", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for name in options.variants:
+        if name not in VARIANTS and not name.endswith(".py"):
+            parser.error(f"no variant {name}; there are {', '.join(VARIANTS)}")
+    return options
+
+
+def main():
+    options = parse_arguments()
+    if options.run:
+        return run_variant(options.run)
+
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"AUTORESEARCH_HOME": os.environ.get("AUTORESEARCH_HOME", f"{folder}/home")}
+        scored = SCORED
+        if options.null:
+            from tools.null_cuda import build
+
+            environment |= build(Path(folder)) | {"NULL_GPU": "1"}
+            scored = SCORED_ON_NULL
+        elif not torch.cuda.is_available():
+            sys.exit("gpu.py: needs a GPU; --null runs on one that isn't there")
+        session = Session(options.out, options.minutes, environment)
+        print(f"predicted for an H100: step {PREDICTED['step_ms']} ms, {PREDICTED['memory_gib']} GiB")
+
+        # Does it start, and what does that take, before anything is compiled and again
+        short = min(SMOKE_SECONDS, options.seconds)
+        session.prepare([*SHAPE, *scored], short)
+        for kind in ("cold", "warm"):
+            session.run("ours", 1, short, kind)
+        session.prepare([*SHAPE, *scored], options.seconds)
+        for seed in range(1, options.seeds + 1):
+            for name in options.variants or VARIANTS:
+                session.run(name, seed, options.seconds)
+
+    print(f"\nAll results in {session.path}:")
+    for result in session.results:
+        print_result(result)
+
+
+if __name__ == "__main__":
+    main()
