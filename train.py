@@ -58,6 +58,8 @@ MUON_BETA2 = 0.95
 MUON_MOMENTUM = (0.85, 0.95)  # at the start, and from MOMENTUM_RAMP on
 WARMDOWN_RATIO = 0.75  # last share of the run, over which the rates fall ...
 FINAL_LR_FRAC = 0.05  # ... to this share of themselves
+RARE_ROW_FADE = 0.4  # a row of n-grams loses at most this share of its rate ...
+RARE_ROW = 16  # ... times n / (n + RARE_ROW), where n is how often it was seen
 
 # Sizes, and what pays on one kind of machine only
 if GPU:
@@ -438,7 +440,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class RowwiseRMSprop(torch.optim.Optimizer):
-    """RMSprop (Hinton 2012), one mean square a row, on the rows that a sparse gradient has."""
+    """RMSprop (Hinton 2012), one mean square a row, on rows that have a gradient. Rare ones keep most of their rate."""
 
     @torch.no_grad()
     def step(self):
@@ -449,13 +451,17 @@ class RowwiseRMSprop(torch.optim.Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["squares"] = weight.new_zeros(len(weight), 1)
+                    state["updates"] = weight.new_zeros(len(weight), 1)
                 grad = weight.grad.coalesce()
                 rows, values = grad.indices()[0], grad.values()
                 squares = values.square().mean(dim=1, keepdim=True)
                 mean = state["squares"][rows].lerp(squares, 1 - ADAM_BETAS[1])
                 state["squares"][rows] = mean
-                values.div_(mean.sqrt() + ADAM_EPS)
-                weight.add_(grad, alpha=-group["lr"])
+                updates = state["updates"][rows] + 1
+                state["updates"][rows] = updates
+                lr = group["initial_lr"] * (1 - RARE_ROW_FADE * updates / (updates + RARE_ROW))
+                values.mul_(lr.clamp_min(group["lr"]) / (mean.sqrt() + ADAM_EPS))
+                weight.sub_(grad)
 
 
 def kind_of(weight, module, model):
