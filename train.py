@@ -637,7 +637,7 @@ def main():
         clock.tick()
     clock.stop()
     status(f"step {step:05d} | 100% | loss {loss.item():.4f} | done", last=True)
-    runtime.name_slow_step(clock.ticks)
+    runtime.name_slow_step(clock)
 
     val_bpb = evaluate_bpb(model, benchmark, rows, clock)
     flops = sum(model.flops_per_token(T) * count for T, count in tokens.items())

@@ -208,9 +208,9 @@ def compare(faster, setup, head_dim, query_group):
 # Results
 
 
-def name_slow_step(ticks):
-    """Print a line for a step that took far longer than all others; of ticks (elapsed seconds, rows) at their ends."""
-    seconds = np.diff([0.0, *(elapsed for elapsed, _ in ticks)])
+def name_slow_step(clock):
+    """Print a line for a step that took far longer than all others."""
+    seconds = np.diff([0.0, *(elapsed for elapsed, _ in clock.ticks)])
     if len(seconds) < 2 * LONE_STEPS:
         return
     usual = np.median(seconds)

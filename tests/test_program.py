@@ -95,7 +95,7 @@ def test_a_night(agent):
     ideas = {
         "rates to nothing": (r"^(\w+_LR +)= ", r"\1= 1e-6 * "),
         "a slip": (r"^def norm\(x\):", "def norm(x:"),
-        "too slow": (r"^    clock.stop\(\)", "    time.sleep(3)\n    clock.stop()"),
+        "too slow": (r"^    clock.stop\(\)", "    import time\n    time.sleep(3)\n    clock.stop()"),
     }
     logs = {idea: agent.attempt(idea, edit)[1] for idea, edit in ideas.items()}
     assert "SyntaxError" in logs["a slip"]
@@ -103,7 +103,7 @@ def test_a_night(agent):
     assert agent.head() == kept
 
     # the machine loses the agent's shell in mid-run, but not the training, which holds the lock
-    agent.edit((r"^    clock.stop\(\)", "    time.sleep(1000)\n    clock.stop()"))
+    agent.edit((r"^    clock.stop\(\)", "    import time\n    time.sleep(1000)\n    clock.stop()"))
     agent.sh("commit", idea="lost", gain="+0.01")
     (agent.folder / "run.log").unlink()
     shell = agent.start_line(agent.line("run", seed=1) + "; :")

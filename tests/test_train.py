@@ -522,7 +522,7 @@ TICKS = {  # seconds of the steps, and what is said of them
 @pytest.mark.parametrize("kind", TICKS)
 def test_a_step_that_took_far_longer_than_all_others_is_named(capsys, kind):
     seconds, line = TICKS[kind]
-    runtime.name_slow_step([(elapsed, 0) for elapsed in itertools.accumulate(seconds)])
+    runtime.name_slow_step(types.SimpleNamespace(ticks=[(elapsed, 0) for elapsed in itertools.accumulate(seconds)]))
     assert capsys.readouterr().out == line
 
 
