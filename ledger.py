@@ -287,6 +287,8 @@ def start(folder, tag, until="never"):
         ideas.write_text("# Ideas\n\n## Backlog\n\n## What each try taught\n")
     night, record, _ = load_night(folder)
     print(f"branch autoresearch/{tag}, until {night.end}")
+    if until.isdecimal() and int(until) <= 24:
+        print(f"(if you meant the hour: delete the branch, and start with --until {int(until):02}:00)")
     print(f"benchmark {record['id']}, {record['settings']['time_budget']:g} s a run")
     print_next(night)
 

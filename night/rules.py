@@ -229,7 +229,10 @@ def with_the_next_idea(night, best):
 
     if best != night.start and len(ideas_since(PRUNED, night)) >= PRUNING_IDEAS:
         return Step(NEW_IDEA, "pruning is due: take out one thing that was kept; its message begins with `prune`")
-    return Step(NEW_IDEA, f"commit it when it is done: {commit}")
+    reason = f"commit it when it is done: {commit}"
+    if "/" in night.tag:  # it is shared on a hub
+        reason = f"exchange, look and say what you will try (swarm/program.md); {reason}"
+    return Step(NEW_IDEA, reason)
 
 
 def ideas_since(pattern, night):

@@ -125,6 +125,8 @@ def look(word):
             found.append((line["time"], text))
     for _, text in sorted(found)[-SHOWN:]:
         print(printable(text, 700))
+    if not found:
+        print(f"nothing about {printable(word, 100)}")
 
 
 def as_text(line):
