@@ -225,6 +225,11 @@ def hub(home, tmp_path, monkeypatch):
         yield handler
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: as the last ones they would run on one core, while the other waits."""
+    items.sort(key=lambda item: item.get_closest_marker("story") is None)
+
+
 # --------------------------------------
 # A ledger and its journal
 

@@ -217,7 +217,7 @@ def test_what_is_said_is_seen_before_the_run(hub):
     assert ada.hub("say", words) == f"said: {words}\n"
     for word in ("TWO", "GRÖSSER".replace("SS", "ß"), '"two"', "\\n", ada.head()):
         assert f"test/ada says: {words}\n" in bob.hub("look", word)
-    assert bob.hub("look", "a.head") == ""
+    assert bob.hub("look", "a.head") == "nothing about a.head\n"
 
 
 # --------------------------------------

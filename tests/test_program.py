@@ -71,13 +71,14 @@ def another(agent):
     return Researcher(agent.folder, agent.environment, PROGRAM)
 
 
+@pytest.mark.story
 def test_a_night(agent):
     """
-    A keep, a discard, a syntax error, a run over its budget; a run that ends while nobody watches; one in which
+    A keep, a syntax error, a run over its budget; a run that ends while nobody watches; one in which
     the agent is killed and that hangs; then the end of the night, with its final runs.
     """
     tracked = agent.git("ls-files")
-    assert "next: AUTORESEARCH_SEED=1 uv run train.py" in agent.sh("start", tag="test", when=8)
+    assert "next: AUTORESEARCH_SEED=1 uv run train.py" in agent.sh("start", tag="test", when=7)
     start = agent.head()
 
     # a run that ends while nobody watches is added, and not run again
@@ -93,7 +94,6 @@ def test_a_night(agent):
     agent.attempt("rates up", *restore)
     kept = agent.head()
     ideas = {
-        "rates to nothing": (r"^(\w+_LR +)= ", r"\1= 1e-6 * "),
         "a slip": (r"^def norm\(x\):", "def norm(x:"),
         "too slow": (r"^    clock.stop\(\)", "    import time\n    time.sleep(3)\n    clock.stop()"),
     }
@@ -122,7 +122,7 @@ def test_a_night(agent):
     assert f"added: {agent.head()} 0.000000 crash, lost" in added
     (agent.folder / "program.md").write_text("edited by the human")
 
-    # eight rows are the end: the baseline and the last keep run on fresh seeds, and the loop around the agent ends
+    # seven rows are the end: the baseline and the last keep run on fresh seeds, and the loop around the agent ends
     assert agent.go_on()[0] == "# the night is over"
     assert re.search(r"gain to report, on fresh seeds: \+\d", agent.look()[1])
     assert agent.run("ledger.py", "open").returncode == 1
@@ -132,20 +132,20 @@ def test_a_night(agent):
     for arguments in ([], ["--time-budget", "900"]):
         process = agent.run("prepare.py", *arguments)
         assert process.returncode == 1 and "leave the branch first" in process.stderr
-    assert "this night exists" in agent.sh("start", tag="test", when=8, check=False)
+    assert "this night exists" in agent.sh("start", tag="test", when=7, check=False)
 
     # nothing is lost, and the branch holds the keeps
     rows = agent.rows()
     assert rows[0] == list(COLUMNS)
     tried = ["baseline"] * 2 + ["rates up"] * 2 + [*ideas, "lost", "baseline, final", "last keep, final"]
     assert [re.split("; expect|: |, seed", row[4])[0] for row in rows[1:]] == tried
-    statuses = ["keep"] * 2 + ["discard", "keep", "discard"] + ["crash"] * 3 + ["keep"] * 2
+    statuses = ["keep"] * 2 + ["discard", "keep"] + ["crash"] * 3 + ["keep"] * 2
     assert [row[3] for row in rows[1:]] == statuses
-    assert [re.search(r", seed (\d)$", row[4])[1] for row in rows[1:]] == list("1212111144")
+    assert [re.search(r", seed (\d)$", row[4])[1] for row in rows[1:]] == list("121211144")
     listed, problems = read_rows(agent.folder / "results.tsv")
     journal = read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
     pairs, left = pair(listed, journal)
-    assert [pairs[index]["seed"] for index in sorted(pairs)] == [1, 2, 1, 2, 1, 4, 4]
+    assert [pairs[index]["seed"] for index in sorted(pairs)] == [1, 2, 1, 2, 4, 4]
     assert not left and not problems
     for commit, *_ in rows[1:]:
         if commit not in (start, kept):

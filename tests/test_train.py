@@ -116,6 +116,7 @@ def gradients(loss, model):
     return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
 
 
+@pytest.mark.story
 def test_compiled_gradients_are_right_in_bfloat16(monkeypatch, quick_compiler):
     """For AVX-512, torch 2.11 compiled a shift of the pointer's keys into NaN."""
     set_constants(monkeypatch, DEPTH=1, MODEL_DIM=128)
@@ -125,7 +126,7 @@ def test_compiled_gradients_are_right_in_bfloat16(monkeypatch, quick_compiler):
     def found(dtype, compiled):
         model = train.build_model(benchmark, on_cpu(dtype, compiled))
         awaken(model)
-        return [model(inputs).detach(), *gradients(model(inputs, targets), model)]
+        return gradients(model(inputs, targets), model)
 
     for ours, exact in zip(found(torch.bfloat16, True), found(torch.float32, False)):
         assert (ours - exact).norm() < 0.05 * exact.norm()

@@ -278,6 +278,7 @@ def second_node(agent):
     shutil.rmtree(folder)
 
 
+@pytest.mark.story
 @pytest.mark.cluster
 def test_a_wave(agent, second_node, prepared):
     """
