@@ -114,7 +114,7 @@ class GPT(nn.Module):
         self.setup = setup
         self.windows = window_sizes(max_seq_len)
         self.embed = Embed(vocab_size, setup.dtype)
-        # Sparse: only rows that were used have gradients. Untried on MPS
+        # Sparse: only rows that were used have gradients (clip_grad_norm_ takes all but these). Untried on MPS
         self.ngrams = nn.Embedding(NGRAM_ROWS, MODEL_DIM // 2, sparse=not torch.backends.mps.is_available())
         nn.init.zeros_(self.ngrams.weight)
         self.blocks = nn.ModuleList(
@@ -211,7 +211,7 @@ class Attention(nn.Module):
     def __init__(self, layer, window, attention, vocab_size):
         super().__init__()
         width = MODEL_DIM // QUERY_GROUP  # of keys and of values
-        assert width % HEAD_DIM == 0 and width > HEAD_DIM, "MODEL_DIM / QUERY_GROUP: two heads of HEAD_DIM, or more"
+        assert width % HEAD_DIM == 0 and width > HEAD_DIM, "HEAD_DIM: must fit twice into MODEL_DIM / QUERY_GROUP"
         self.window = window
         self.attention = attention
         self.query = Linear(MODEL_DIM, MODEL_DIM)
@@ -530,7 +530,7 @@ def set_schedules(optimizers, progress):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress)
-            if "momentum" in group:  # Muon's
+            if isinstance(optimizer, Muon):
                 group["momentum"] = momentum
             if group.get("decay_fades"):
                 group["weight_decay"] = group.setdefault("initial_decay", group["weight_decay"]) * (1 - progress)
@@ -613,7 +613,7 @@ def main():
     rows, accumulation = find_batch(benchmark, setup)
     model = build_model(benchmark, setup)
     optimizers = build_optimizers(model)
-    loader = make_dataloader(benchmark, "train", rows, device)
+    loader = make_dataloader(benchmark, "train", rows, device)  # of (inputs, targets, epoch)
     status = Progress(max(10, benchmark.time_budget / 50))
     step, loss, tokens = 0, None, Counter()  # tokens by the length of their rows
 
