@@ -22,6 +22,7 @@ UNFINISHED = (
 def load_night(folder):
     """The night under way in this folder, its benchmark's record, and sentences on what could not be read."""
     state, problems = load_state(folder / "night.json")
+    running = running_training()  # before the journal is read: what ends in between would be seen in neither
     record = load_record()
     start = state["commit"]
     known = night_commits(start)
@@ -52,7 +53,7 @@ def load_night(folder):
         jobs=jobs,
         wave=(folder / "wave" / "cluster.json").exists(),
         log=fresh_log(folder),
-        running=running_training(),
+        running=running,
         time=now(),
         **read_changes(folder),
     )
