@@ -3,6 +3,7 @@ A wave: many experiments at once, on the devices of a Ray cluster. `ledger.py ad
 
     uv run --group cluster swarm/wave.py start                    # a cluster, here or in RAY_API_SERVER_ADDRESS
     uv run --group cluster swarm/wave.py new deeper               # a worktree on the last keep, for one idea
+    uv run --group cluster swarm/wave.py commit deeper '<idea>'   # its train.py
     uv run --group cluster swarm/wave.py submit base:1 deeper:1   # one training for each pair NAME:SEED
     uv run --group cluster swarm/wave.py collect                  # wait until one has ended, fetch all that have
     uv run --group cluster swarm/wave.py stop                     # end the cluster, remove the worktrees
@@ -33,7 +34,6 @@ from swarm.job import judge
 
 RESULTS = WAVE / "results"
 NAME = "[A-Za-z0-9_-]+"
-RESERVED = ("base", "results")  # no names of worktrees
 SEEDS = ("1", "2", "3", "4", "5")  # that program.md names
 POLL_SECONDS = 1
 
@@ -50,9 +50,7 @@ def start():
     print(f"a training takes {amount:g} {resource.removeprefix('entrypoint_num_')}")
     if found["pid"]:
         head = next(node.node_ip for node in nodes if node.is_head_node)
-        print(
-            f"a clone on another machine joins with: uv run --group cluster ray start --address={head}:{found['port']}"
-        )
+        print(f"another machine joins with: uv run --group cluster ray start --address={head}:{found['port']}")
     print(f"next: {COMMAND} new <name>")
 
 
@@ -203,7 +201,7 @@ def write_result(result):
 
 
 def worktree_name(text):
-    if not re.fullmatch(NAME, text) or text in RESERVED:
+    if not re.fullmatch(NAME, text) or text in ("base", "results"):
         raise argparse.ArgumentTypeError(f"{text}: must be of letters, digits, - and _, but not base or results")
     return text
 
@@ -223,10 +221,13 @@ def count(text):
 
 def parse_arguments(arguments=None):
     parser = OneLineParser(description="Many experiments at once: see swarm/program.md.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="start | new | submit | collect | stop")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="start | new | commit | submit ...")
     commands.add_parser("start", allow_abbrev=False, help="begin a cluster, or take the one in RAY_API_SERVER_ADDRESS")
     worktree = commands.add_parser("new", allow_abbrev=False, help="a worktree on the last keep")
     worktree.add_argument("name", type=worktree_name, help="of the idea: letters, digits, - and _")
+    idea = commands.add_parser("commit", allow_abbrev=False, help="commit the train.py of a worktree")
+    idea.add_argument("name", type=worktree_name)
+    idea.add_argument("message", help="such as 'a deeper model; expect +0.002'")
     sending = commands.add_parser("submit", allow_abbrev=False, help="train, once for each pair")
     sending.add_argument("pairs", type=pair, nargs="+", metavar="NAME:SEED", help="base, a worktree or a commit")
     size = sending.add_mutually_exclusive_group()
@@ -245,6 +246,8 @@ def main(arguments=None):
         start()
     elif options.command == "new":
         worktrees.new(options.name)
+    elif options.command == "commit":
+        print(f"{worktrees.commit(options.name, options.message)}; next: {COMMAND} submit {options.name}:1")
     elif options.command == "submit":
         slot = {"entrypoint_num_gpus": options.gpus, "entrypoint_num_cpus": options.cpus}
         submit(options.pairs, {name: amount for name, amount in slot.items() if amount})

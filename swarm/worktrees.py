@@ -36,7 +36,18 @@ def add(name, commit):
 
 
 def commit_line(name):
-    return f"git -C wave/{name} commit -q -m '<idea>; expect <gain>' -- train.py"
+    return f"{COMMAND} commit {name} '<idea>; expect <gain>'"
+
+
+def commit(name, message):
+    """Commit the train.py of wave/<name>, and nothing else. Returns the commit. Raises SystemExit, in one line."""
+    folder = str(WAVE / name)
+    if not (WAVE / name / ".git").exists():
+        raise SystemExit(f"there is no wave/{name}: {COMMAND} new {name}")
+    if not call_git("-C", folder, "status", "--porcelain", "--", "train.py"):
+        raise SystemExit(f"wave/{name}/train.py has no changes: nothing to commit")
+    call_git("-C", folder, "commit", "-q", "-m", message, "--", "train.py")
+    return call_git("-C", folder, "rev-parse", "--short=7", "HEAD")
 
 
 def remove_all():

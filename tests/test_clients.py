@@ -262,16 +262,20 @@ def test_a_hub(client, tmp_path):
 
 
 def test_a_wave(client):
-    """Two runs of the baseline, sent to a cluster of this machine."""
+    """The baseline and an idea in a worktree, sent to a cluster of this machine."""
     pytest.importorskip("ray", reason="needs the dependency group `cluster`")
     wave = "uv run --group cluster swarm/wave.py"
     client.ledger("start", "night", "--until", "9")
-    submitted = f"{wave} submit base:1 base:2"
+    path = client.path("wave/deeper/train.py")
     came = client.play(
-        lines(
-            f"{wave} start",
-            f"{wave} new deeper",
-            submitted,
+        [
+            *lines(f"{wave} start", f"{wave} new deeper"),
+            {"name": "read", "read": path},
+            {"name": "edit", "edit": [path, "COMPILE = True  # torch.compile", "COMPILE = True"]},
+        ]
+        + lines(
+            f"{wave} commit deeper 'no change; expect +0.000'",
+            f"{wave} submit base:1 deeper:1",
             f"{wave} collect",
             f"{wave} collect --wait 100",
             "uv run ledger.py add --wave",
@@ -280,8 +284,9 @@ def test_a_wave(client):
         )
     )
     printed = outputs(came)
-    assert [row[3] for row in client.rows()[1:]] == ["keep", "keep"]
-    assert f"next: {wave} submit" in printed[6] and "has ended" in printed[7]
+    assert [row[3] for row in client.rows()[1:]] == ["keep", "discard"]
+    assert "no change; expect +0.000, seed 1" in client.rows()[2][4]
+    assert f"next: {wave} submit" in printed[-2] and "has ended" in printed[-1]
     assert client.git("status", "--porcelain") == ""
 
 

@@ -79,6 +79,9 @@ def test_names_of_commits(folder):
     for name in ("wider", second[:6], "0123456"):
         with pytest.raises(SystemExit, match=f"^{name}: no worktree in wave/ and no commit"):
             worktrees.find_commit(name, first, known)
+    for name, reason in {"wider": "there is no wave/wider", "deeper": "has no changes"}.items():
+        with pytest.raises(SystemExit, match=reason):
+            worktrees.commit(name, "an idea")
     with pytest.raises(SystemExit, match="^deeper: no worktree"):  # it was moved out of the night
         worktrees.find_commit("deeper", first, [first])
     replace(folder / "wave" / "deeper" / "train.py", (r"\Z", "# not committed\n"))
@@ -334,8 +337,8 @@ def test_a_wave(agent, second_node, prepared):
         assert f"next: edit wave/{name}/train.py\n" in call("new", name)
         agent.edit(*edits, file=f"wave/{name}/train.py")
         assert f"wave/{name}/train.py has changes" in call("submit", "base:2", f"{name}:1", code=1)
-        agent.git("-C", f"wave/{name}", "commit", "-q", "-m", f"the {name} one; expect 0", "--", "train.py")
-        commit = agent.git("-C", f"wave/{name}", "rev-parse", "--short=7", "HEAD").strip()
+        commit = call("commit", name, f"the {name} one; expect 0")[:7]
+        assert agent.git("log", "-1", "--format=%s", commit) == f"the {name} one; expect 0\n"
         jobs[name] = f"my-night-{commit}-1"
     good, slip, taken = f"{jobs['good']}-1", f"{jobs['slip']}-1", f"my-night-{agent.head()}-2-1"
     assert "wave/good is there" in call("new", "good", code=1)
