@@ -35,7 +35,6 @@ from swarm.job import judge
 RESULTS = WAVE / "results"
 NAME = "[A-Za-z0-9_-]+"
 SEEDS = ("1", "2", "3", "4", "5")  # that program.md names
-POLL_SECONDS = 1
 
 # --------------------------------------
 # Start and stop
@@ -142,7 +141,7 @@ def collect(wait):
         ended = [result for result in out if result["job"] not in jobs or jobs[result["job"]].status.is_terminal()]
         if ended or time.monotonic() >= deadline:
             break
-        time.sleep(POLL_SECONDS)
+        time.sleep(1)
 
     # a line for each
     for result in out:

@@ -46,6 +46,8 @@ def commit(name, message):
         raise SystemExit(f"there is no wave/{name}: {COMMAND} new {name}")
     if not call_git("-C", folder, "status", "--porcelain", "--", "train.py"):
         raise SystemExit(f"wave/{name}/train.py has no changes: nothing to commit")
+
+    # only train.py: what else was edited there would not be judged
     call_git("-C", folder, "commit", "-q", "-m", message, "--", "train.py")
     return call_git("-C", folder, "rev-parse", "--short=7", "HEAD")
 
