@@ -277,14 +277,14 @@ class Head(nn.Module):
             if self.pointer is None:
                 return logits
             copied = torch.zeros_like(logits).scatter_add(-1, inputs[:, None].expand_as(weights), weights)
-            return log_mixture(logits.log_softmax(-1), copied, odds)
+            return log_mixture(logits.softmax(-1), copied, odds)
 
         # To train: of the target alone. By a mask, because the backward of a gather is a scatter, which is slow
         is_target = torch.arange(logits.size(-1), device=x.device) == targets[..., None]
         log_likelihoods = logits.where(is_target, 0).sum(-1) - logits.logsumexp(-1)
         if self.pointer is not None:
             copied = (weights * (inputs[:, None] == targets[..., None])).sum(-1)
-            log_likelihoods = log_mixture(log_likelihoods, copied, odds[..., 0])
+            log_likelihoods = log_mixture(log_likelihoods.exp(), copied, odds[..., 0])
         return -log_likelihoods.mean()  # other objectives go here
 
 
@@ -311,10 +311,10 @@ class Pointer(nn.Module):
         return weights, self.gate(x).float() + match + POINTER_ODDS
 
 
-def log_mixture(log_generated, copied, odds):
+def log_mixture(generated, copied, odds):
     """The pointer's formula: log of (1 - g) generated + g copied, with g = sigmoid(odds)."""
-    log_copied = copied.clamp_min(1e-30).log()
-    return torch.logaddexp(log_generated, log_copied + odds) - F.softplus(odds)
+    mixture = torch.sigmoid(-odds) * generated + torch.sigmoid(odds) * copied
+    return mixture.clamp_min(1e-37).log()
 
 
 def shift(x):
@@ -632,7 +632,7 @@ def main():
                 f"step {step:05d} | {progress:.1%} | loss {previous.item():.4f} | epoch {batches[0][2]} | "
                 f"{tokens.total() / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
             )
-            if not previous.item() <= 100:  # NaN, too
+            if not previous.item() <= 50:  # NaN, too
                 raise SystemExit(f"stopped at step {step - 1}: loss {previous.item()}; lower the learning rates")
         clock.tick()
     clock.stop()
