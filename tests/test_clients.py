@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, new_repository, replace, wait_for, weaken
-from scripted_model import ScriptedModel
 
 import prepare
 from harness.journal import read_journal
+from tools.scripted_model import ScriptedModel
 
 BIN = ROOT / ".clients" / "node_modules" / ".bin"
 STATUS = "uv run ledger.py"

@@ -157,8 +157,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         path = self.path.split("?")[0]
-        turn = claude_turn if path.endswith("/messages") else codex_turn if path.endswith("/responses") else None
-        if turn is None:
+        if path.endswith("/messages"):
+            turn = claude_turn
+        elif path.endswith("/responses"):
+            turn = codex_turn
+        else:
             return self.reply(json.dumps({"input_tokens": 1000}))
         if self.model.is_out:
             error = {"type": "invalid_request_error", "message": "Your credit balance is too low"}
