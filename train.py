@@ -33,8 +33,8 @@ GATE_CHANNELS = 32  # channels of x that drive the gates of the value embeddings
 ROPE_BASE = 200_000
 INIT_SCALE = 1.18  # of matrices: uniform within INIT_SCALE / sqrt(D) of zero
 X0_INIT = 0.05  # of the embedding that each block adds
-POINTER_ODDS = -9.0  # log of the odds of a copy, at first, for a match of no weight
-POINTER_SCALE = 1.5  # on the similarity of normalized states
+POINTER_BIAS = -9.0  # of the logit of the probability to copy
+POINTER_SCALE = 1.5  # of the scores between normalized states
 
 # Learning rates; those of embeddings and head hold at D = 768 and are scaled by 1 / sqrt(D)
 MATRIX_LR = 0.04
@@ -57,9 +57,9 @@ ADAM_EPS = 1e-10
 MUON_BETA2 = 0.95
 MUON_MOMENTUM = (0.85, 0.95)  # at the start, and from MOMENTUM_RAMP on
 WARMDOWN_RATIO = 0.75  # last share of the run, over which the rates fall ...
-FINAL_LR_FRAC = 0.05  # ... to this share of themselves
-RARE_ROW_FADE = 0.4  # a row of n-grams loses at most this share of its rate ...
-RARE_ROW = 16  # ... times n / (n + RARE_ROW), where n is how often it was seen
+FINAL_LR_FRAC = 0.05  # ... to this share of themselves; those of n-grams end higher
+NGRAM_FADE = 0.4  # the rate of a row of n-grams falls as others do, but by no more than this share ...
+NGRAM_FADE_USES = 16  # ... times n / (n + NGRAM_FADE_USES), where n counts the updates of the row
 
 # Sizes, and what pays on one kind of machine only
 if GPU:
@@ -84,7 +84,7 @@ else:
     POINTER = True  # copy some tokens from the row
 
 # --------------------------------------
-# Model. Shapes: B rows, T tokens, D model width, H heads, K = D / H, V vocabulary
+# Model. Shapes: B rows, T tokens, D = MODEL_DIM, K = HEAD_DIM, H = D / K heads, G of keys and values, V vocabulary
 
 
 def norm(x):
@@ -144,7 +144,7 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """Part by part: blocks of one shape share their code, which takes a fraction of the time."""
-        # Modules, never bound methods: those would keep the weights of this model in every copy of it
+        # Modules, not bound methods: a deep copy would go on calling the original's, with the original's weights
         if self.setup.compiled:
             torch._dynamo.config.recompile_limit = 64  # one for every kind of block
             for part in (self.embed, *self.blocks, self.head):
@@ -164,7 +164,7 @@ class GPT(nn.Module):
                     weights += weight.numel()
         seen = sum(min(window, T) for window in self.windows)
         if POINTER:
-            seen += T / 2  # it has scores, but copies no vectors
+            seen += T / 2  # q @ k alone: half the FLOPs of attention
         return 6 * weights + 12 * MODEL_DIM * seen
 
 
@@ -270,28 +270,28 @@ class Head(nn.Module):
         if LOGIT_CAP:
             logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
         if self.pointer is not None:
-            weights, odds = self.pointer(x)
+            weights, copy_logit = self.pointer(x)
 
         # To predict: of every token, what a softmax takes
         if targets is None:
             if self.pointer is None:
                 return logits
             copied = torch.zeros_like(logits).scatter_add(-1, inputs[:, None].expand_as(weights), weights)
-            return log_mixture(logits.softmax(-1), copied, odds)
+            return log_mixture(logits.softmax(-1), copied, copy_logit)
 
         # To train: of the target alone. By a mask, because the backward of a gather is a scatter, which is slow
         is_target = torch.arange(logits.size(-1), device=x.device) == targets[..., None]
         log_likelihoods = logits.where(is_target, 0).sum(-1) - logits.logsumexp(-1)
         if self.pointer is not None:
             copied = (weights * (inputs[:, None] == targets[..., None])).sum(-1)
-            log_likelihoods = log_mixture(log_likelihoods.exp(), copied, odds[..., 0])
+            log_likelihoods = log_mixture(log_likelihoods.exp(), copied, copy_logit[..., 0])
         return -log_likelihoods.mean()  # other objectives go here
 
 
 class Pointer(nn.Module):
     """
-    Copies the next token from where in the row the state before was similar to the present one (cf. Merity et al. 2016,
-    arXiv 1609.07843): weights over the row's tokens, [B, T, T], and the log of the odds of a copy, [B, T, 1].
+    Copies a token that followed a similar state earlier in the row (cf. Merity et al. 2016, arXiv 1609.07843). Returns,
+    for x [B, T, D]: weights over the row's tokens, [B, T, T], and the logit of the probability to copy, [B, T, 1].
     """
 
     def __init__(self):
@@ -300,7 +300,7 @@ class Pointer(nn.Module):
         self.gate = Linear(MODEL_DIM, 1, scale=0)
 
     def forward(self, x):
-        # Each state against the one before each token. (For AVX-512 torch 2.11 compiles q @ shift(q).mT to NaN)
+        # scores[:, i, j]: state i with the state before token j. (torch 2.11 makes q @ shift(q).mT NaN on AVX-512)
         q = norm(self.state(x))
         scores = POINTER_SCALE * F.pad(q @ q.mT, (1, -1)).float() / math.sqrt(MODEL_DIM)
         later = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
@@ -308,12 +308,12 @@ class Pointer(nn.Module):
         # The better the match, the likelier a copy
         match = scores.logsumexp(dim=-1, keepdim=True)
         weights = (scores - match).exp()
-        return weights, self.gate(x).float() + match + POINTER_ODDS
+        return weights, self.gate(x).float() + match + POINTER_BIAS
 
 
-def log_mixture(generated, copied, odds):
-    """The pointer's formula: log of (1 - g) generated + g copied, with g = sigmoid(odds)."""
-    mixture = torch.sigmoid(-odds) * generated + torch.sigmoid(odds) * copied
+def log_mixture(generated, copied, copy_logit):
+    """log((1 - g) * generated + g * copied), with g = sigmoid(copy_logit)."""
+    mixture = torch.sigmoid(-copy_logit) * generated + torch.sigmoid(copy_logit) * copied
     return mixture.clamp_min(1e-37).log()
 
 
@@ -348,7 +348,7 @@ def banded(q, k, v, window):
     if k.size(2) < q.size(2):
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
 
-    # Four bands of queries, each with the keys that one of them sees
+    # Four bands of queries, each with the keys that any of them sees
     T = q.size(1)
     length = math.ceil(T / 4)
     positions = torch.arange(T, device=q.device)
@@ -384,7 +384,7 @@ def orthogonalize(X, dtype):
 
 
 def muon_update(weights, grads, momenta, second_moments, lr, momentum, beta2, decay, dtype):
-    """One step of Muon, in place: lists of stacks [N, rows, cols], rows <= cols, and numbers as 0-d tensors."""
+    """A step of Muon, in place. Weights and grads: lists of [n, rows, cols]; momenta [N, rows, cols]; rows <= cols."""
     # Nesterov momentum
     grads = torch.cat(grads)
     momenta.lerp_(grads, 1 - momentum)
@@ -417,7 +417,7 @@ class Muon(torch.optim.Optimizer):
     """Each group has matrices of one shape, which step together and are multiplied in the precision of `setup`."""
 
     def __init__(self, groups, setup):
-        super().__init__(groups, dict(momentum=0.0))  # until set_schedules() sets it
+        super().__init__(groups, dict(momentum=0.0, weight_decay=0.0))  # until set_schedules() sets them
         self.dtype = setup.dtype
         self.update = torch.compile(muon_update, dynamic=False, disable=not setup.compiled)
 
@@ -440,7 +440,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class RowwiseRMSprop(torch.optim.Optimizer):
-    """RMSprop (Hinton 2012), one mean square a row, on rows that have a gradient. Rare ones keep most of their rate."""
+    """RMSprop (Hinton 2012) on rows that have a gradient, one mean square per row. Rates end as NGRAM_FADE says."""
 
     @torch.no_grad()
     def step(self):
@@ -459,8 +459,8 @@ class RowwiseRMSprop(torch.optim.Optimizer):
                 state["squares"][rows] = mean
                 updates = state["updates"][rows] + 1
                 state["updates"][rows] = updates
-                lr = group["initial_lr"] * (1 - RARE_ROW_FADE * updates / (updates + RARE_ROW))
-                values.mul_(lr.clamp_min(group["lr"]) / (mean.sqrt() + ADAM_EPS))
+                least = group["initial_lr"] * (1 - NGRAM_FADE * updates / (updates + NGRAM_FADE_USES))
+                values.mul_(least.clamp_min(group["lr"]) / (mean.sqrt() + ADAM_EPS))  # in the memory of grad
                 weight.sub_(grad)
 
 
@@ -492,7 +492,7 @@ def build_optimizers(model):
 
     # A matrix that is taller than wide takes larger steps
     muon = [
-        dict(params=same, lr=MATRIX_LR * max(1, rows / cols) ** 0.5, weight_decay=MATRIX_DECAY, decay_fades=True)
+        dict(params=same, lr=MATRIX_LR * max(1, rows / cols) ** 0.5, initial_decay=MATRIX_DECAY)
         for (_, rows, cols), same in matrices.items()
     ]
     scale = (MODEL_DIM / 768) ** -0.5
@@ -532,8 +532,8 @@ def set_schedules(optimizers, progress):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress)
             if isinstance(optimizer, Muon):
                 group["momentum"] = momentum
-            if group.get("decay_fades"):
-                group["weight_decay"] = group.setdefault("initial_decay", group["weight_decay"]) * (1 - progress)
+            if "initial_decay" in group:
+                group["weight_decay"] = group["initial_decay"] * (1 - progress)
 
 
 # --------------------------------------
@@ -590,7 +590,7 @@ def find_batch(benchmark, setup):
 
 
 def train_step(model, optimizers, batches, progress):
-    """One step on the mean loss of the batches; as a tensor, so that nobody waits for it."""
+    """One step on the batches. Returns their mean loss, a tensor: to read it here would wait for the device."""
     total = 0.0
     model.zero_grad(set_to_none=True)
     for inputs, targets, *_ in batches:
@@ -637,7 +637,7 @@ def main():
         clock.tick()
     clock.stop()
     status(f"step {step:05d} | 100% | loss {loss.item():.4f} | done", last=True)
-    runtime.name_slow_step(clock)
+    runtime.report_slow_step(clock)
 
     val_bpb = evaluate_bpb(model, benchmark, rows, clock)
     flops = sum(model.flops_per_token(T) * count for T, count in tokens.items())
