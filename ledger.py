@@ -6,8 +6,8 @@ The books of a night: results.tsv, what it is worth, and what comes next.
     uv run ledger.py add ['<description>']        # after a run: writes its row
     uv run ledger.py open                         # exit 0 while the night goes on: for the loop around the agent
 
-All state is in git (branch autoresearch/<tag>), results.tsv, night.json and the harness's journal. It runs beside a
-training, in half a second.
+All state is in git (branch autoresearch/<tag>), results.tsv, night.json and the harness's journal. Nothing heavy is
+imported, so it may run beside a training.
 
 Sections: Status, Add, Start, Open, Command line. In night/: rows.py reads and writes results.tsv, load.py all the rest,
 worth.py says what runs are worth, rules.py what comes next, checks.py what would end a night.
@@ -32,14 +32,13 @@ from night.rules import OVER, crashed_seed, has_crashed, next_step
 from night.steps import describe
 from night.waves import last_attempts, unwritten, winner
 from night.worth import (
-    FINAL_SEEDS,
     KEEP,
     PROMISING,
     TRIES,
     disturbed_tries,
+    ends_night,
     gain,
     is_final,
-    is_over,
     kept_commits,
     new_runs,
     noise_floor,
@@ -58,13 +57,13 @@ FIRST_WAIT, LONGEST_WAIT = 30, 15 * 60  # seconds that `open` waits when nothing
 def print_status(folder):
     night, record, problems = load_night(folder)
     kept = kept_commits(night)
-    best = kept[-1]
+    last_keep = kept[-1]
 
-    # the final runs are for the gain at the end, and for nothing before
+    # final runs measure the night's gain, and do not count in the score to beat
     scores = scores_of([row for row in night.rows if not is_final(row)], new_runs(night)[0])
 
-    # what is judged does not move the floor that it is judged by
-    floor = noise_floor(scores, without=None if night.head == best else night.head)
+    # the noise floor leaves out the commit that it judges
+    floor = noise_floor(scores, without=None if night.head == last_keep else night.head)
     print(f"night:       {night.tag}, {len(night.rows)} rows, until {night.end}")
     print(f"benchmark:   {record['id']}, {record['settings']['time_budget']:g} s a run")
     if math.isnan(floor):
@@ -77,10 +76,10 @@ def print_status(folder):
     means = [statistics.fmean(scores[commit]) for commit in kept if commit in scores]
     if len(means) > 1:
         print(f"best so far: {sparkline(list(itertools.accumulate(means, min)))} {means[0]:.4f} to {min(means):.4f}")
-    if best in scores:
-        print(f"to beat:     {statistics.fmean(scores[best]):.6f}, {best}")
-    print_commit(folder, night, best, scores)
-    print_wave(night, best)
+    if last_keep in scores:
+        print(f"to beat:     {statistics.fmean(scores[last_keep]):.6f}, {last_keep}")
+    print_commit(folder, night, last_keep, scores)
+    print_wave(night, last_keep)
     for row in night.rows[-LAST_ROWS:]:
         print(f"  {row.commit} {row.val_bpb:.6f} {row.status:<7} {row.description:.100}")
     for problem in problems:
@@ -88,7 +87,7 @@ def print_status(folder):
     print_next(night)
 
 
-def print_commit(folder, night, best, scores):
+def print_commit(folder, night, last_keep, scores):
     """The runs of HEAD, their gains over the last keep, and what asks for a look."""
     place = night.branch or "a detached HEAD"
     print(f"this commit: {night.head} on {place}")
@@ -98,8 +97,8 @@ def print_commit(folder, night, best, scores):
         if run["commit"][:7] != night.head:
             continue
         words = f"{run['val_bpb']:.6f} seed {run['seed']}, {run.get('steps', 0):,} steps"
-        if night.head != best and best in scores:
-            words += f", gain {statistics.fmean(scores[best]) - run['val_bpb']:+.6f}"
+        if night.head != last_keep and last_keep in scores:
+            words += f", gain {statistics.fmean(scores[last_keep]) - run['val_bpb']:+.6f}"
         if run in counted:
             words += ", no row yet"
         elif run not in pairs.values():
@@ -111,8 +110,8 @@ def print_commit(folder, night, best, scores):
         print(f"  warning: run.log: {line}")
 
 
-def print_wave(night, best):
-    """The commits of a wave that are not decided, the best first, and what is out."""
+def print_wave(night, last_keep):
+    """The commits of a wave that are not kept, the best first, and the jobs that are out."""
     runs = [run for commit_runs, _ in unwritten(night).values() for run in commit_runs]
     scores = scores_of(night.rows, runs)
     attempts = last_attempts(night)
@@ -121,12 +120,12 @@ def print_wave(night, best):
     out = [job["job"] for job in attempts.values() if job["state"] == "out"]
     if out:
         print(f"wave:        {len(out)} jobs are out: {', '.join(out)}")
-    if best not in scores:
+    if last_keep not in scores:
         return
     tried = dict.fromkeys(commit for commit, _ in attempts if commit in scores and commit not in kept_commits(night))
-    for commit in sorted(tried, key=lambda commit: -gain(commit, best, scores)):
-        gained = gain(commit, best, scores)
-        words = verdict(commit, best, scores)
+    for commit in sorted(tried, key=lambda commit: -gain(commit, last_keep, scores)):
+        gained = gain(commit, last_keep, scores)
+        words = verdict(commit, last_keep, scores)
         print(f"wave:        {commit} gains {gained:+.6f}, runs {len(scores[commit])}: {words}, {subject_of(commit)}")
 
 
@@ -163,8 +162,12 @@ def add(folder, description, forced=None):
     night, _, problems = load_night(folder)
     refuse_unclear(night)
     counted, _ = new_runs(night)
+    if forced == "crash" and counted:
+        raise SystemExit("--crash is for a run without a score: use --discard")
     scores = scores_of(night.rows, counted)
     description = description or describe(night)
+    if counted and ends_night(counted[0], night):
+        description = f"{description.removesuffix(', final')}, final"
     if forced == "keep" and night.head not in kept_commits(night):
         refuse_worse(night, scores)
     status = forced or status_of(night, scores)
@@ -194,8 +197,8 @@ def add_wave(folder):
         status = "keep" if commit in kept else "discard"
         subject = "baseline" if commit == night.start else subject_of(commit)
         for run in runs:
-            is_final = is_over(night) and run["seed"] in FINAL_SEEDS
-            rows.append(row_of(run, status, f"{subject}, final" if is_final else subject))
+            ending = ", final" if ends_night(run, night) else ""
+            rows.append(row_of(run, status, subject + ending))
         for seed, reason in crashes:
             rows.append(Row(commit, math.nan, 0.0, "crash", f"{subject}: {reason}, seed {seed}", 0))
     print_wave(night, kept_commits(night)[-1])
@@ -250,10 +253,10 @@ def refuse_worse(night, scores):
     """Raise SystemExit unless something simpler has run twice, and its second run is not behind."""
     if len(scores.get(night.head, [])) < 2:
         raise SystemExit("--keep wants a second run first: AUTORESEARCH_SEED=2 uv run train.py > run.log 2>&1")
-    best = kept_commits(night)[-1]
-    if best not in scores:
+    last_keep = kept_commits(night)[-1]
+    if last_keep not in scores:
         raise SystemExit("--keep wants a baseline to be compared with: see `uv run ledger.py`")
-    gained = gain(night.head, best, scores)
+    gained = gain(night.head, last_keep, scores)
     if gained < 0:
         raise SystemExit(f"--keep is for what is simpler and not worse: the gain is {gained:+.6f}; use --discard")
 
@@ -323,7 +326,7 @@ def wait_while_open(folder):
     """
     Raise SystemExit(1) when the night is over. When no row was added since it was last asked, it waits first: 30 s,
     then twice as long each time. So a client that fails at once, as at a usage limit, costs nothing. Books in a bad
-    state end no night: an agent may mend them.
+    state end no night: an agent may repair them.
     """
     try:
         night, _, _ = load_night(folder)

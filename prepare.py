@@ -60,9 +60,9 @@ from harness.machine import (
     DeviceLock,
     device_name,
     fetch_flash3,
-    mend_compiler,
     peak_memory_mb,
     refuse_old_gpu,
+    repair_compiler,
     slow_share,
     synchronize,
     why_no_gpu,
@@ -73,9 +73,9 @@ from harness.record import benchmark_id, find_record, read_record, write_atomica
 from harness.sources import LocalText
 from harness.tokenizer import Tokenizer, encode_batches
 
-# What train.py takes from here; some of it lives in harness/
+# What train.py, the tools and the tests take from here; some of it lives in harness/
 __all__ = ["load_benchmark", "TrainingClock", "make_dataloader", "evaluate_bpb", "scoring_rows", "Tokenizer", "HOME"]
-__all__ += ["Progress", "runtime", "device_name", "PROCESS_START", "first_line", "synchronize", "mend_compiler"]
+__all__ += ["Progress", "runtime", "device_name", "PROCESS_START", "first_line", "synchronize", "repair_compiler"]
 
 # --------------------------------------
 # Constants
@@ -253,7 +253,7 @@ def write_benchmark(folder, settings, tokenizer, val, holdout, train):
     wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"], "train": 1}
     if any(written[split] < wanted[split] for split in wanted):
         raise TooSmall
-    # how long is a token of scored text? A loss in nats is so many times ln 2 as large as bits per byte
+    # a loss in nats per token is about val_bpb * bytes_per_token * ln 2
     bytes_per_token = float(token_bytes[np.concatenate(val)].mean())
     return {"train_rows": written["train"], "bytes_per_token": round(bytes_per_token, 3)}
 
@@ -378,7 +378,7 @@ class TrainingClock:
         self.device = torch.device(device)
         self.started = None
         self.stopped = None
-        self.training_seconds = 0.0  # until the score begins
+        self.training_seconds = 0.0  # from start() to the score; check() sets it
         self.ticks = []  # (elapsed seconds, training rows so far) at the end of each step
         journal.refuse_unwritable(benchmark.path)
         self.lock = DeviceLock(self.device)
@@ -405,7 +405,7 @@ class TrainingClock:
         self.rows = rows_served["train"] - self.rows_before
 
     def tick(self):
-        """Mark the end of a step; used only for `slow_steps_percent` and the count of steps in the journal."""
+        """Mark the end of a step: for slow_steps_percent, the steps in the journal, and a step that stalled."""
         self.ticks.append((self.elapsed, rows_served["train"]))
 
     @property
@@ -418,7 +418,7 @@ class TrainingClock:
 
     @property
     def elapsed(self):
-        """Seconds since start()."""
+        """Seconds from start() to stop(), or until now."""
         if self.started is None:
             return 0.0
         return (self.stopped or time.monotonic()) - self.started
@@ -454,7 +454,7 @@ class TrainingClock:
             )
 
     def release(self):
-        """The run is scored, or it failed: the device is free, and what is read from now on belongs to another run."""
+        """Free the device, and count the rows of the next run from zero. Does nothing the second time."""
         if self.lock.held:
             faulthandler.cancel_dump_traceback_later()
             rows_served.clear()
@@ -467,14 +467,14 @@ class TrainingClock:
 
 def evaluate_bpb(model, benchmark, batch_size, clock):
     """
-    Score a finished run: bits per byte of all validation rows, a float. The run goes into the journal, and when it is
-    the benchmark's best so far its weights are kept as best.pt.
+    Score a finished run: bits per byte of all validation rows, a float. The run goes into the journal. Its weights are
+    kept as best.pt if it is the best of this harness so far, and this harness prepared the benchmark.
 
     `model(inputs)`, an nn.Module, takes int64 [B, T] and returns logits [B, T, vocab_size]; it never sees the targets.
     `batch_size` is only a matter of speed. Raises RuntimeError if the run was not timed or too long, if the model sees
     the future or other rows, is random, or remembers what it was scored on; ValueError if it is no module or its logits
     have another shape or are not finite; SystemExit if the benchmark is damaged or the journal can't be written. Frees
-    the device in any case. What is only flagged, for the morning after, is in journal.flags.
+    the device in any case. journal.flags lists what does not refuse a run but deserves a look.
     """
     try:
         if not isinstance(model, torch.nn.Module):
@@ -482,7 +482,7 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         was_training = model.training
         model.eval()  # may be the run's own code: before the clock is read
         clock.check()
-        if not open_benchmark(benchmark.path) == benchmark == clock.benchmark:
+        if benchmark != open_benchmark(benchmark.path) or benchmark != clock.benchmark:
             raise RuntimeError("not scored: the benchmark differs from the one on disk; use load_benchmark()")
         scores = score(model, benchmark, batch_size, clock.device)
         model.train(was_training)
@@ -598,6 +598,8 @@ def number(kind, least, most):
 
     def parse(text):
         value = kind(text)  # argparse reports a ValueError
+        if float(value).is_integer():
+            value = int(value)  # 60.0 s make the benchmark that 60 s make
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text}: must be between {least:,} and {most:,}")
         return value
@@ -683,7 +685,8 @@ def main(arguments=None):
     options = parse_arguments(arguments)
     branch = git("branch", "--show-current") or ""
     if branch.startswith("autoresearch/"):
-        raise SystemExit(f"branch {branch} is a night under way, whose benchmark is fixed: leave the branch first")
+        repair = f"to repair it: git checkout --detach, prepare it as before, git checkout {branch}"
+        raise SystemExit(f"branch {branch} is a night under way, whose benchmark is fixed; {repair}")
     if torch.cuda.is_available():
         refuse_old_gpu()
 

@@ -97,7 +97,7 @@ def column_bytes(column, path):
 
 
 def decode(values, path, skipped):
-    """Those of a list of bytes or None that are text."""
+    """The values, a list of bytes or None, that are text: [str]."""
     texts = []
     for value in values:
         if value is None:

@@ -20,10 +20,11 @@ from pathlib import Path
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent  # of the repository
+COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # that torch calls, unless $CXX names another
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that program.md names
-LATE_FLAG = 1.02  # budgets of training
+LATE_FLAG = 1.02  # times the budget: a run that trained for longer is flagged
 SLOW_FLAG = 10  # percent of the time in slow steps
 SCORING_SHARE, SCORING_SECONDS = 1 / 5, 5  # scoring may take so much of the budget, and so many seconds more
 
@@ -106,7 +107,7 @@ def open_rows(folder, split):
 
 
 def map_rows(folder, split):
-    """The same, not counted: for the harness itself."""
+    """The rows of open_rows, not counted: for the harness itself."""
     import numpy as np
 
     return np.load(folder / f"{split}.npy", mmap_mode="r")
@@ -174,7 +175,7 @@ def append_run(folder, run, model):
 
 
 def save_best(path, run, model):
-    """Write a model's weights and where they come from. It is no failure of the run if that does not work."""
+    """Write a model's weights and where they come from. A failure only prints a line."""
     import torch
 
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
@@ -190,7 +191,7 @@ def save_best(path, run, model):
 
 
 def read_journal(folder):
-    """The scored runs of a benchmark's folder, oldest first: a list of dicts. A line that is torn is named."""
+    """The scored runs of a benchmark's folder, oldest first: a list of dicts. Prints and skips torn lines."""
     path = folder / "journal.jsonl"
     text = path.read_text(errors="replace") if path.exists() else ""
     runs = []
@@ -244,10 +245,10 @@ def time_flags(run):
 
 
 def suspects(source):
-    """Lines of a train.py that a reader should look at: a list of sentences. None of them is an accusation."""
+    """Lines of a train.py that a reader should look at: a list of sentences. Most are harmless."""
     found = []
     for number, line in enumerate(source.splitlines(), 1):
-        # what a comment says is not done
+        # comments do nothing
         code = line.split("#")[0].strip()
         for reason, pattern in SUSPECTS.items():
             if re.search(pattern, code):
@@ -256,5 +257,5 @@ def suspects(source):
 
 
 def suspects_of_commit(commit):
-    """The same for the train.py that a commit has; nothing if git does not know it."""
+    """The suspects in the train.py of a commit; none if git does not know it."""
     return suspects(git("show", f"{commit}:./train.py") or "")

@@ -18,10 +18,10 @@ from harness.journal import first_line, lock_folder
 
 # FlashAttention-3 on the kernels hub, and the compute capabilities that it runs on: A100 and H100. On others it calls
 # exit(1), which nothing catches
-FLASH3 = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # with `version` it is not found offline
+FLASH3 = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}  # by `version` it is not found offline
 FLASH3_CAPABILITIES = ((8, 0), (9, 0))
 
-# A second, dense, bfloat16 (NVIDIA data sheets), by torch's name
+# Peak FLOP/s in dense bfloat16 (NVIDIA data sheets), by torch's name of the GPU
 PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H200": 989e12,
@@ -59,9 +59,8 @@ class DeviceLock:
                 folder.chmod(0o777)
             self.lock.acquire(timeout=1)  # the ledger looks at it for a moment
 
-            # The system frees the lock when the process ends, but does not tell whose it is: a file beside it does.
-            # We can replace
-            # another user's file, though not write to it
+            # The system frees the lock when its process ends, but can't say whose it is: a file beside it has the
+            # pid. Another user's file can't be written to, but it can be replaced, since the folder is open to all
             holder.unlink(missing_ok=True)
             holder.write_text(str(self.pid))
         except Timeout:
@@ -82,7 +81,7 @@ class DeviceLock:
 
 
 def lock_name(device):
-    """A name that stands for this device alone on this machine."""
+    """The device's name, unique on this machine."""
     if device.type == "cuda":
         return f"cuda-{torch.cuda.get_device_properties(device).uuid}"
     return f"{device.type}-{platform.node()}"
@@ -115,7 +114,7 @@ def peak_memory_mb(device):
 
 
 def keep_freed_memory():
-    """Let glibc keep what is freed: page faults take 10% of a step on a CPU."""
+    """Let glibc keep what is freed: page faults would slow each step on a CPU."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -125,11 +124,11 @@ def keep_freed_memory():
 
 
 def peak_flops(device):
-    """Of this device, a second in bfloat16; infinite where it is not known, so that no share of it is a guess."""
+    """Peak FLOP/s of a device in dense bfloat16; inf where it is not known, so that MFU reads 0."""
     return PEAK_FLOPS.get(device_name(device), math.inf)
 
 
-def mend_compiler():
+def repair_compiler():
     """
     Two repairs of how torch 2.11 calls the C++ compiler. Both reach into it, so they may fail with another torch.
     """
@@ -205,15 +204,14 @@ def slow_share(seconds, rows):
     """
     The share of the time in steps that took over SLOW_STEP times the usual seconds per training row.
 
-    The run is cut into blocks. The usual pace of a step is the larger of two minima of block medians: up to its own
-    block, and from its own block on. So a slowdown that stays (a batch ramp, longer rows, a growing model) raises the
-    usual pace, and one that passes is flagged. A run that reads rows in bulk is judged by seconds per step.
+    The run is cut into blocks. The usual pace at a step is the larger of two: the lowest block median up to its block,
+    and the lowest from its block on. So a slowdown that lasts (a batch ramp, longer rows, a growing model) raises it,
+    and one that passes is flagged. A run that reads rows in bulk is judged by seconds per step.
     """
     if not (rows > 0).all():
         rows = np.ones(len(seconds))
     pace = seconds / rows
 
-    # the median of each block, the lowest until it and the lowest from it on
     blocks = np.array_split(pace, max(1, min(BLOCKS, len(pace) // 5)))
     medians = np.array([np.median(block) for block in blocks])
     until = np.minimum.accumulate(medians)

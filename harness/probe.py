@@ -2,7 +2,7 @@
 The probe: a logit may depend on its own token and on earlier ones of its row, and on nothing else.
 
 Every cut, 1 .. T - 1, is tried in one of the rows: the tokens behind it are replaced, and no logit before it may move.
-Sampled cuts would miss a leak at a fixed place nine times out of ten in rows of 2,048 tokens.
+Sampled cuts would miss a leak at a fixed place of a long row.
 
 Rounding moves logits, too: in a mixture of experts, say, other tokens change the order of sums. The probe measures this
 noise by repeating the input, and by changing only other rows. It tries a suspect again: a leak moves it every time,
@@ -12,8 +12,8 @@ chance does not.
 import numpy as np
 import torch
 
-# All movements are in standard deviations of the logits of their row.
-# The model sees the future where a new one moves logits by more than ROUNDING + MARGIN x noise, REPEATS times again.
+# A movement is the largest change of a position's logits, in standard deviations of the logits of its row.
+# A leak: other later tokens move logits by more than ROUNDING + MARGIN x noise, at first and in REPEATS more tries.
 REPEATS = 4
 ROUNDING = 1e-4
 MARGIN = 3
@@ -78,11 +78,11 @@ class Probe:
         return torch.cat([every, more]).view(-1, self.B)
 
     def measure_noise(self):
-        """What moves when nothing changes, and in one half of the rows when only the other half does."""
+        """Repeat the true rows. Then change one half of the rows and watch the other."""
         self.noise = self.movement(self.ids)
         if (self.noise > NOISE_LIMIT).float().mean() > NOISY_POSITIONS:
             raise RuntimeError(
-                "the model gives two answers to the same input: is dropout on, or does it draw at random?"
+                "not scored: the model gives two answers to the same input: is dropout on, or does it draw at random?"
             )
         if self.B == 1:
             return
@@ -99,8 +99,8 @@ class Probe:
         moved = (self.noise > NOISE_LIMIT).nonzero()
         if len(moved) > NOISY_POSITIONS * self.noise.numel():
             raise RuntimeError(
-                f"the model sees other rows: logits at position {int(moved[0, 1])} changed when only other rows of the "
-                "batch changed; or it takes a scale over the whole batch (dynamic fp8): take it per row"
+                f"not scored: the model sees other rows: logits at position {int(moved[0, 1])} changed when only other "
+                "rows of the batch changed; or it takes a scale over the whole batch (dynamic fp8): take it per row"
             )
 
     def confirm(self, kept, future, leaks):
@@ -118,8 +118,8 @@ class Probe:
             if not leaks.any():
                 return
         raise RuntimeError(
-            f"the model sees the future: logits at position {int(leaks.nonzero()[0, 1])} changed when only later "
-            "tokens changed"
+            f"not scored: the model sees the future: logits at position {int(leaks.nonzero()[0, 1])} changed when only "
+            "later tokens changed"
         )
 
     def choose(self, candidates):

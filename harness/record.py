@@ -21,7 +21,7 @@ def read_record(path, every_byte=False):
     if damaged is None:
         return record
 
-    # to prepare it again with the same arguments mends it
+    # the same arguments build it again
     command = "uv run prepare.py"
     if isinstance(record, dict) and record.get("arguments"):
         command += f" {record['arguments']}"

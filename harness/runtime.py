@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from harness.journal import first_line
+from harness.journal import COMPILER, first_line
 from harness.machine import (
     FLASH3_CAPABILITIES,
     device_name,
     keep_freed_memory,
     load_flash3,
-    mend_compiler,
     peak_flops,
     peak_memory_mb,
+    repair_compiler,
     synchronize,
     why_no_gpu,
 )
@@ -34,10 +34,10 @@ from harness.machine import (
 # What drivers and allocators say when memory runs out
 OUT_OF_MEMORY = re.compile("(of|enough|allocate) memory|ALLOC_FAILED|MemoryError")
 
-# A step is named that took as many usual ones, and that share of the run, if no more than so many did
-LONG_STEP = 10
-LONG_SHARE = 0.02
-LONE_STEPS = 3
+# report_slow_step() warns of a lone slow step. More of them mean a busy machine: see slow_steps_percent
+LONG_STEP = 10  # medians, at least
+LONG_SHARE = 0.02  # of the run's seconds, at least
+LONE_STEPS = 3  # slow steps in a run, at most
 
 FLASH_ERROR = 0.02  # of the norm of attention or of a gradient: rounding in bfloat16 stays below
 
@@ -62,7 +62,7 @@ def choose_device():
 
 def set_up(device, attention, head_dim, query_group, compiled):
     """
-    The fastest Setup that is right on this device. What falls back prints a line.
+    The fastest Setup that is right on this device. Prints a line for each fallback.
 
     `attention` is the function in plain torch that faster ones have to agree with, for heads of `head_dim` channels of
     which `query_group` share their keys and values. `compiled`: whether torch.compile is wanted.
@@ -109,7 +109,7 @@ def why_not_compiled(device):
     if missing and device.type == "cpu":  # torch would say so in a hundred lines
         return missing
     try:
-        mend_compiler()
+        repair_compiler()
         x = torch.ones(2**15, device=device, requires_grad=True)
         torch.compile(lambda x: F.rms_norm(x, x.shape).sum())(x).backward()
     except Exception as error:  # no Triton, say
@@ -120,8 +120,7 @@ def missing_tool():
     """What the compiler of torch needs and does not find here, with the fix; None if nothing seems to be missing."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    default = {"darwin": "clang++"}.get(sys.platform, "g++")
-    compiler = os.environ.get("CXX", default)
+    compiler = os.environ.get("CXX", COMPILER)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not shutil.which(compiler):
         return f"no C++ compiler {compiler}: install one, or set CXX"
@@ -190,7 +189,7 @@ def choose_attention(setup, head_dim, query_group):
 
 
 def compare(faster, setup, head_dim, query_group):
-    """AssertionError if value or gradients differ from those of float32 attention by more than FLASH_ERROR."""
+    """Raises ValueError if value or gradients differ from those of float32 attention by more than FLASH_ERROR."""
     # two heads of keys and values, and the heads of queries that share them
     shapes = [(2, 256, heads, head_dim) for heads in (2 * query_group, 2, 2, 2 * query_group)]
     q, k, v, dy = (torch.randn(shape, device=setup.device).to(setup.dtype).requires_grad_() for shape in shapes)
@@ -201,14 +200,15 @@ def compare(faster, setup, head_dim, query_group):
             results.append([y, *torch.autograd.grad(y, (q, k, v), dy.to(cast))])
         for found, expected in zip(*results, strict=True):
             error = (found.float() - expected.float()).norm() / expected.float().norm()
-            assert error < FLASH_ERROR, f"differs from the reference by {error:.1%} at window {window}"
+            if not error < FLASH_ERROR:  # NaN, too
+                raise ValueError(f"differs from the reference by {error:.1%} at window {window}")
 
 
 # --------------------------------------
 # Results
 
 
-def name_slow_step(clock):
+def report_slow_step(clock):
     """Print a line for a step that took far longer than all others."""
     seconds = np.diff([0.0, *(elapsed for elapsed, _ in clock.ticks)])
     if len(seconds) < 2 * LONE_STEPS:
@@ -221,7 +221,7 @@ def name_slow_step(clock):
 
 
 def free_memory():
-    """Of a model that is no longer used: what is compiled has cycles, which wait for the collector."""
+    """Collect a model that is no longer used: compiled code has reference cycles."""
     gc.collect()
     torch.cuda.empty_cache()
 

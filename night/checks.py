@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from harness.journal import find_home, first_line, lock_folder
+from harness.journal import COMPILER, find_home, first_line, lock_folder
 
 COMMIT_SECONDS = 20  # for signing and hooks
 LOCK_SECONDS = 5  # for another process that looks at the same moment
@@ -35,7 +35,7 @@ def run_git(folder, *words, seconds=None):
 
 
 def end(process):
-    """End git with all that it has started. It gets a second to remove its lock files."""
+    """End git with all that it has started. It gets half a second to remove its lock files."""
     for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
         try:
             os.killpg(process.pid, number)
@@ -146,12 +146,12 @@ def machine_problems():
 
 def compiler_problems(folder):
     """torch.compile wants a C++ compiler, unless train.py does without."""
-    names = filter(None, (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"))
     path = Path(folder, "train.py")
     source = path.read_text(errors="replace") if path.exists() else ""
-    if any(map(shutil.which, names)) or re.search(r"^COMPILE = False", source, re.M):
+    compiler = os.environ.get("CXX", COMPILER)
+    if shutil.which(compiler) or re.search(r"^COMPILE = False", source, re.M):
         return []
-    return ["no C++ compiler, so training is slow: install g++, or commit COMPILE = False in train.py"]
+    return [f"no C++ compiler, so training is slow: install {compiler}, or commit COMPILE = False in train.py"]
 
 
 def running_training():

@@ -9,13 +9,14 @@ from harness.journal import find_home, git, now, read_journal
 from night.checks import running_training
 from night.rows import Row, append_rows, read_rows
 from night.waves import add_runs, read_jobs
-from night.worth import Night, counting
+from night.worth import FINAL_SEEDS, Night, counting
 
 LOG_BYTES = 100_000  # of a log, at either end: a run may print what it likes
 
-# How a log ends that broke off: it says neither a score nor an error, so its run was killed, and proves nothing
+# The last line of a log that was cut off: no score and no error, so the run was killed and proves nothing
 UNFINISHED = (
-    r"(step \d|commit \w|CPU:|COMPILE:|DEVICE_BATCH_SIZE:|attention:|KeyboardInterrupt)|.*compiling what is new$"
+    r"(step \d|commit \w|CPU:|COMPILE:|DEVICE_BATCH_SIZE:|attention:|KeyboardInterrupt)"
+    r"|.*compiling what is new$|\S+ has no gradient"
 )
 
 
@@ -116,7 +117,7 @@ def load_state(path):
         state = json.loads(path.read_text())
         commit = git("rev-parse", "--verify", "-q", f"{state['commit']}^{{commit}}")
         if commit:
-            until, problems = mend_until(str(state["until"]))
+            until, problems = checked_until(str(state["until"]))
             return {"tag": str(state["tag"]), "until": until, "commit": commit}, problems
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -131,7 +132,7 @@ def load_state(path):
     return {"tag": tag, "until": "never", "commit": commit}, [problem]
 
 
-def mend_until(until):
+def checked_until(until):
     """The end of a night as next_step takes it, and what is wrong with it: somebody may have edited it."""
     if until == "never" or until.isdecimal():
         return until, []
@@ -152,7 +153,7 @@ def in_utc(moment):
 def read_changes(folder):
     """What differs from HEAD: train.py, its conflict markers, and other .py files."""
     changes = (git("status", "--porcelain", "--untracked-files=all", "--", "*.py") or "").splitlines()
-    names = [line[2:].strip() for line in changes]
+    names = [line[2:].strip() for line in changes]  # not line[3:]: git() strips the first line's leading space
     source = read_text(folder / "train.py")
     return {
         "changed": "train.py" in names,
@@ -187,10 +188,10 @@ def fresh_log(folder):
 
 def read_log(path, head=""):
     """
-    Of which run a log is, and how it ended: {commit, seed, reason}; {} if it does not say, or found the device taken.
+    The run that a log is of: {commit, seed, reason}; {} if it names none, or found the device taken.
 
-    The reason is its last line, "" if the run was scored or broke off. The seed is 0 where the run crashed before it
-    said its name, as with a syntax error; the commit is then `head`.
+    The reason is the last line, "" if the run was scored or cut off. A run that crashed before it printed its commit,
+    as with a syntax error, has seed 0 and the commit `head`.
     """
     content = path.read_bytes()
     text = (content[:LOG_BYTES] + b"\n" + content[-LOG_BYTES:]).decode(errors="replace")
@@ -229,6 +230,8 @@ def rebuild(folder, night):
             continue
         status = "keep" if commit in lineage else "discard"
         words = "baseline" if commit == night.start else git("log", "-1", "--format=%s", run["commit"])
+        if run["seed"] in FINAL_SEEDS:
+            words += ", final"
         night.rows.append(row_of(run, status, words))
     append_rows(folder / "results.tsv", [as_cells(row) for row in night.rows])
 

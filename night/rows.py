@@ -1,6 +1,6 @@
 """
-results.tsv, whoever wrote it: a row for each run, in five columns. A program writes it; it reads what editors,
-spreadsheets and hands make of it, and nothing that was run becomes invisible.
+results.tsv: a row for each run, in five columns. ledger.py writes it; what editors, spreadsheets and hands make of it
+is read, too, so that no run becomes invisible.
 """
 
 import csv
@@ -38,7 +38,7 @@ def read_rows(path):
     """
     The rows of a ledger, and what could not be read: ([Row], [sentence]). A crash has no val_bpb (NaN).
 
-    Takes what editors, spreadsheets and hands make of it: any encoding, line ends and separators, commas in numbers.
+    Takes any encoding, line ends and separators, and commas in numbers.
     """
     rows, problems = [], []
     names = COLUMNS
@@ -57,7 +57,7 @@ def read_rows(path):
             continue
         row = find_row(line, separator, names, number)
         if row is None:
-            problems.append(f"{path}:{number}: not a row, mend or delete it: {line.strip():.60}")
+            problems.append(f"{path}:{number}: not a row, fix or delete it: {line.strip():.60}")
         else:
             rows.append(row)
     return rows, problems
@@ -176,7 +176,7 @@ def append_rows(path, rows):
     with FileLock(find_home() / "ledger.lock"):
         lines = read_lines(path)
 
-        # a line that has no end gets one: two rows would become one
+        # drop empty lines at the end: the join below ends every line with one newline
         while lines and not lines[-1].strip():
             lines.pop()
         if not lines:

@@ -33,16 +33,16 @@ OVER = "# the night is over"
 
 def next_step(night):
     """What comes next: a Step whose command can be run as it stands. A comment (#) where it is the agent's turn."""
-    best = kept_commits(night)[-1]
+    last_keep = kept_commits(night)[-1]
     return (
         in_trouble(night)
         or with_a_wave(night)
-        or off_the_line(night, best)
+        or off_the_line(night, last_keep)
         or after_a_run(night)
         or in_baseline(night)
-        or with_an_idea(night, best)
-        or at_the_end(night, best)
-        or with_the_next_idea(night, best)
+        or with_an_idea(night, last_keep)
+        or at_the_end(night, last_keep)
+        or with_the_next_idea(night, last_keep)
     )
 
 
@@ -71,19 +71,19 @@ def in_trouble(night):
     return None
 
 
-def off_the_line(night, best):
+def off_the_line(night, last_keep):
     """HEAD is not where the night goes on: behind the last keep, beside it, or on no branch with something new."""
     branch = f"autoresearch/{night.tag}"
     is_known = night.head in kept_commits(night) or bool(seeds_of(night.head, night)) or has_crashed(night)
-    if is_known and not night.branch or night.changed:
+    if night.changed or (is_known and not night.branch):
         return None
-    if night.branch and best not in night.lineage and not new_runs(night)[0]:
-        return Step(f"git reset -q --keep {best}", "HEAD is not on top of the last keep")
+    if night.branch and last_keep not in night.lineage and not new_runs(night)[0]:
+        return Step(f"git reset -q --keep {last_keep}", "HEAD is not on top of the last keep")
     if night.branch:
         return None
 
     # a detached HEAD that never ran: the branch takes what was committed on top of the last keep
-    if best in night.lineage:
+    if last_keep in night.lineage:
         move = f"git checkout -q {branch} && git reset -q --keep {night.head}"
         return Step(move, "HEAD is on no branch, so give it one")
     return Step(f"git checkout -q {branch}", "HEAD is on no branch, and not on top of the last keep")
@@ -120,7 +120,7 @@ def has_crashed(night):
 
 
 def crashed_seed(night):
-    """Its seed. A run that did not come to say it has the first that is free."""
+    """The seed of that run. One that crashed before it printed its seed gets the first that is free."""
     return night.log["seed"] or first_free(seeds_of(night.head, night))
 
 
@@ -155,8 +155,8 @@ def in_baseline(night):
     return run_step(night, missing[0], "the baseline")
 
 
-def with_an_idea(night, best):
-    """HEAD is a commit that is not the best: run it, run it again, or let it go."""
+def with_an_idea(night, last_keep):
+    """HEAD is a commit that is not kept: run it, run it again, or let it go."""
     if night.head in kept_commits(night):
         return None
     scores = scores_of(night.rows)
@@ -165,22 +165,23 @@ def with_an_idea(night, best):
         return Step("# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
     if not seeds and not is_over(night):
         return run_step(night, 1, "a new idea")
-    if not is_given_up(night.head, night) and night.head in scores and verdict(night.head, best, scores) == "promising":
+    is_open = night.head in scores and not is_given_up(night.head, night)
+    if is_open and verdict(night.head, last_keep, scores) == "promising":
         return run_step(night, first_free(seeds), "promising: the second run decides")
     store = f"git update-ref refs/tries/{night.head} {night.head}"
     reason = "it is not kept: store it and go back (if it is simpler, run seed 2 first: see the table)"
-    return Step(f"{store} && git reset -q --keep {best}", reason)
+    return Step(f"{store} && git reset -q --keep {last_keep}", reason)
 
 
-def final_runs(night, best):
-    """The runs at the end that are missing, in turns: [(commit, seed)]. None if nothing was kept."""
-    if best == night.start:
+def final_runs(night, last_keep):
+    """The runs at the end that are missing, in turns: [(commit, seed)], empty if nothing was kept."""
+    if last_keep == night.start:
         return []
-    wanted = [(commit, seed) for seed in FINAL_SEEDS for commit in (night.start, best)]
+    wanted = [(commit, seed) for seed in FINAL_SEEDS for commit in (night.start, last_keep)]
     return [(commit, seed) for commit, seed in wanted if seed not in seeds_of(commit, night)]
 
 
-def at_the_end(night, best):
+def at_the_end(night, last_keep):
     """The baseline and the last keep run on fresh seeds; then the night is over."""
     if not is_over(night):
         return None
@@ -188,21 +189,22 @@ def at_the_end(night, best):
         return Step(DROP, "the end: no new idea starts")
 
     # a cluster has room for all of them at once; one machine takes them in turns
-    missing = final_runs(night, best)
+    missing = final_runs(night, last_keep)
     if missing and night.wave:
         return submit_step(missing, "the end: what was gained, on seeds that selected nothing")
-    for commit, seed in missing:
+    if missing:
+        commit, seed = missing[0]
         if night.head == commit:
             return run_step(night, seed, "the end: what was gained, on seeds that selected nothing")
         return go_to(commit, night, "the end: in turns, the baseline and the last keep")
     if not night.branch:
         return go_to("", night, "back to the branch")
-    return Step(OVER, result_of(night, best))
+    return Step(OVER, result_of(night, last_keep))
 
 
-def result_of(night, best):
+def result_of(night, last_keep):
     """What the night has come to, in words."""
-    if best == night.start:
+    if last_keep == night.start:
         return "nothing was kept"
     gained = confirmed_gain(night)
     if math.isnan(gained):
@@ -210,24 +212,24 @@ def result_of(night, best):
     return f"the gain to report, on fresh seeds: {gained:+.6f}"
 
 
-def with_the_next_idea(night, best):
+def with_the_next_idea(night, last_keep):
     """HEAD was kept, or is the baseline once more."""
     commit = "git commit -q -m '<idea>; expect <gain>' -- train.py"
-    if night.changed and night.branch and night.head == best:
+    if night.changed and night.branch and night.head == last_keep:
         return Step("# a new idea is in train.py: finish it", f"commit it when it is done: {commit}")
     if night.changed:
         return Step(DROP, "new ideas start from the last keep, on the branch of the night")
 
     # is the machine still what it was?
     latest = [row.commit for row in night.rows[-DRIFT_ROWS:]]
-    if not night.wave and len(night.rows) > DRIFT_ROWS and night.start not in latest and best != night.start:
+    if not night.wave and len(night.rows) > DRIFT_ROWS and night.start not in latest and last_keep != night.start:
         if night.head == night.start:
             return run_step(night, 1, "the baseline once more, to see drift")
         return go_to(night.start, night, f"no baseline in {DRIFT_ROWS} rows: run it once more, to see drift")
-    if not night.branch or night.head != best:
+    if not night.branch or night.head != last_keep:
         return go_to("", night, "back to the last keep")
 
-    if best != night.start and len(ideas_since(PRUNED, night)) >= PRUNING_IDEAS:
+    if last_keep != night.start and len(ideas_since(PRUNED, night)) >= PRUNING_IDEAS:
         return Step(NEW_IDEA, "pruning is due: take out one thing that was kept; its message begins with `prune`")
     reason = f"commit it when it is done: {commit}"
     if "/" in night.tag:  # it is shared on a hub

@@ -14,7 +14,7 @@ Step = namedtuple("Step", ["command", "reason"])
 
 def run_step(night, seed, reason):
     """Train HEAD with this seed: here, or on the cluster of a wave."""
-    # its log is of this run and says no error, but there is no score
+    # cut off: the log is of this run and has no error, and the journal has no score
     scored = [run["seed"] for run in night.runs if run["commit"][:7] == night.head]
     if night.log == {"commit": night.head, "seed": seed, "reason": ""} and seed not in scored:
         reason += "; its last run was cut off (if memory ran out, add it with --crash)"
@@ -51,6 +51,6 @@ def describe(night):
     if ending and night.head == kept_commits(night)[-1]:
         return "last keep, final"
 
-    # printable ASCII, no quotes, and not like an option
+    # printable ASCII without single quotes, and not like an option
     subject = re.sub(r"[^ -&(-~]+", " ", night.subject).strip(" -")
     return subject or "no subject"

@@ -101,16 +101,18 @@ def failure(job, disturbed):
 
 def must_run_again(job, disturbed):
     """Whether an attempt proves nothing: its node went, its device was taken, or it was disturbed."""
-    seeds = [run["seed"] for run in disturbed if run["commit"] == job["commit"]]
-    return job["state"] == "lost" or (job["state"] == "scored" and job["seed"] in seeds)
+    # by its time: an earlier attempt with this seed may have been disturbed, and this one not
+    runs = [(run["commit"], run["seed"], run.get("time")) for run in disturbed]
+    is_disturbed = (job["commit"], job["seed"], job.get("time")) in runs
+    return job["state"] == "lost" or (job["state"] == "scored" and is_disturbed)
 
 
 def winner(night, results):
     """The commit of these results that is kept: the best of those that the rule keeps. None if it keeps none."""
     runs = [run for commit_runs, _ in results.values() for run in commit_runs]
     scores = scores_of(night.rows, runs)
-    best = kept_commits(night)[-1]
-    winners = [commit for commit in results if commit in scores and verdict(commit, best, scores) == "keep"]
+    last_keep = kept_commits(night)[-1]
+    winners = [commit for commit in results if commit in scores and verdict(commit, last_keep, scores) == "keep"]
     winners = [commit for commit in winners if commit not in kept_commits(night)]
     return min(winners, key=lambda commit: sum(scores[commit][1:]) / (len(scores[commit]) - 1), default=None)
 

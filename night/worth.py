@@ -55,7 +55,13 @@ def is_over(night):
     return night.time >= night.until
 
 
+def ends_night(run, night):
+    """Whether a run is one of the last, for the gain to report."""
+    return is_over(night) and run["seed"] in FINAL_SEEDS
+
+
 def is_final(row):
+    """Whether a row is of such a run."""
     return re.search(r", final, seed \d+$", row.description) is not None
 
 
@@ -94,7 +100,7 @@ def is_disturbed(run, runs):
 
 
 def counting(runs, others):
-    """Those that were neither disturbed, seen beside the others, nor of files that differ from their commit."""
+    """The runs that are neither dirty nor disturbed; `others` are the runs to compare their steps with."""
     return [run for run in runs if run.get("dirty") is not True and not is_disturbed(run, others)]
 
 
@@ -141,20 +147,25 @@ def seeds_of(commit, night):
 
 
 def disturbed_tries(night):
-    """The seed of HEAD's last disturbed run, and how often it was tried since a run with it counted: (seed, tries)."""
+    """HEAD's last disturbed run: (its seed, how often that was disturbed since its last row)."""
     _, disturbed = new_runs(night)
     if not disturbed:
         return 0, 0
     seed = disturbed[-1]["seed"]
     own = [run for run in night.runs if run["commit"][:7] == night.head and run["seed"] == seed]
     pairs, _ = pair(night.rows, night.runs)
+
+    # a row, of whatever status, ends the count
     tries = 0
     for run in own:
-        tries = 0 if run in pairs.values() else tries + (run in disturbed)
+        if run in pairs.values():
+            tries = 0
+        elif run in disturbed:
+            tries += 1
 
-    # a crash row with this seed has given up as many of them
-    given_up = [night.rows[index] for index, other in row_seeds(night.head, night).items() if other == seed]
-    return seed, max(0, tries - TRIES * sum(row.status == "crash" for row in given_up))
+    # a crash row of this seed stands for TRIES of them
+    rows = [night.rows[index] for index, other in row_seeds(night.head, night).items() if other == seed]
+    return seed, max(0, tries - TRIES * sum(row.status == "crash" for row in rows))
 
 
 # --------------------------------------
@@ -185,24 +196,24 @@ def noise_floor(scores, without=None):
     return 2 * math.sqrt(squares / repeats)
 
 
-def gain(commit, best, scores):
-    """How far below the best a commit is, by the runs that decide: not the first, which selected it, if it has more."""
+def gain(commit, last_keep, scores):
+    """How far a commit is below the last keep, by the runs that decide: all but its first, if it has more than one."""
     runs = scores[commit]
-    if len(runs) > 1 and commit != best:
+    if len(runs) > 1 and commit != last_keep:
         runs = runs[1:]
-    return statistics.fmean(scores[best]) - statistics.fmean(runs)
+    return statistics.fmean(scores[last_keep]) - statistics.fmean(runs)
 
 
-def verdict(commit, best, scores):
+def verdict(commit, last_keep, scores):
     """What the runs of a commit say about it, against those of the last keep: keep, discard or promising."""
-    if best not in scores:
+    if last_keep not in scores:
         return "discard"
 
     # without a repeated run there is no floor yet: any gain will do
     floor = noise_floor(scores, without=commit)
     if math.isnan(floor):
         floor = 0.0
-    gained = gain(commit, best, scores)
+    gained = gain(commit, last_keep, scores)
     if len(scores[commit]) == 1:
         return "promising" if gained > PROMISING * floor else "discard"
     return "keep" if gained > KEEP * floor else "discard"

@@ -24,10 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ there
 
-from harness.journal import ROOT, SLOW_FLAG, now
+from harness.journal import ROOT, now
 from harness.record import write_atomically
 from ledger import OneLineParser
-from night.load import load_record, load_state, night_commits
+from night.load import load_night, load_state, night_commits
+from night.waves import must_run_again
+from night.worth import new_runs
 from swarm import cluster, worktrees
 from swarm.cluster import COMMAND, WAVE, asking
 from swarm.job import judge
@@ -71,7 +73,7 @@ def submit(pairs, slot):
     """Send a training for each pair of a name and a seed, unless it is out or has run."""
     address = cluster.read_cluster()["address"]
     state, _ = load_state(ROOT / "night.json")
-    record = load_record()
+    night, record, _ = load_night(ROOT)
 
     # all names are known before anything is sent
     known = night_commits(state["commit"])
@@ -81,7 +83,8 @@ def submit(pairs, slot):
     with asking(address):
         there = {job.submission_id for job in client.list_jobs()}
     for commit, seed in runs:
-        attempt, reason = next_attempt(commit, seed, read_results())
+        _, disturbed = new_runs(night, commit[:7])
+        attempt, reason = next_attempt(commit, seed, read_results(), disturbed)
         if reason:
             print(f"{commit[:7]}:{seed} {reason}")
             continue
@@ -107,16 +110,15 @@ def entrypoint(record, seed):
     return shlex.join(["python", "swarm/job.py", record["id"], str(seed), arguments])
 
 
-def next_attempt(commit, seed, results):
+def next_attempt(commit, seed, results, disturbed):
     """The number of the next attempt, from 1, and why there is none: "" if there is one."""
     attempts = [result for result in results if result["commit"] == commit and result["seed"] == seed]
     if not attempts:
         return 1, ""
     last = max(attempts, key=lambda result: result["attempt"])
-    is_disturbed = last["state"] == "scored" and last.get("slow_steps_percent", 0) > SLOW_FLAG
     if last["state"] == "out":
         return 0, f"is out already, as {last['job']}"
-    if last["state"] == "lost" or is_disturbed:
+    if must_run_again(last, disturbed):
         return last["attempt"] + 1, ""
     return 0, f"has run already, as {last['job']}: {last['state']}"
 

@@ -84,7 +84,7 @@ def test_awkward_ledgers_are_shown(cells, name):
 
 def test_what_cannot_be_read_is_said(cells, capsys):
     cells(HEADER + "aaaaaaa\t1.5\t1\tkeep\tx\nnonsense\n")
-    assert "results.tsv:3: not a row, mend or delete it: nonsense\n" in capsys.readouterr().out
+    assert "results.tsv:3: not a row, fix or delete it: nonsense\n" in capsys.readouterr().out
 
 
 def test_labels_do_not_collide(cells):

@@ -73,7 +73,7 @@ def test_same_seed_same_order(benchmark, monkeypatch):
 
 SPACES = """
 import prepare, torch
-prepare.mend_compiler()
+prepare.repair_compiler()
 print(torch.__file__, float(torch.compile(lambda x: x.cumsum(0) + 1)(torch.ones(9))[-1]))
 """
 
