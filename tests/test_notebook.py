@@ -270,11 +270,5 @@ def test_agents_that_only_crashed(cells, tmp_path):
     assert len(found["hub"]) == 1 and found["best_so_far"](found["hub"]).empty
 
 
-def test_a_wave_on_unequal_devices_is_named(cells, capsys):
-    rows = [f"aaaaaaa\t1.0\t1\tkeep\tbaseline [x-aaaaaaa-{n} on {d}]\n" for n, d in ((1, "NVIDIA A100"), (2, "cpu x2"))]
-    cells(HEADER + "".join(rows) + "bbbbbbb\t1.0\t1\tkeep\tmore (see [3] on top)\n")
-    assert "runs on several devices, whose scores do not compare: NVIDIA A100, cpu x2\n" in capsys.readouterr().out
-
-
 def test_the_notebook_is_committed_without_outputs():
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in NOTEBOOK.cells)
