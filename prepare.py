@@ -304,7 +304,7 @@ def install(folder, request, counts):
 
 
 def hash_request(request):
-    """What a build depends on: the constants, the files of text with their times of change, and this code."""
+    """The hash of all that a build depends on: constants, files of text with their times of change, and this code."""
     parts = [request["dataset"], request["settings"], request["num_shards"], request["files"], journal.harness_sha256()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -32,7 +32,7 @@ def printable(path):
 
 
 class Skipped:
-    """What was left out, by reason: how many, and the name of the first."""
+    """Counts of what was left out, by reason, each with the name of the first."""
 
     def __init__(self):
         self.counts = Counter()

@@ -98,7 +98,7 @@ def download_all(dataset, files, token):
 
 
 def work(jobs, results, token, stop):
-    """What a thread does: download one file after the other; a result is a path or an exception."""
+    """The work of a thread: download one file after the other. A result is a path or an exception."""
     session = None
     while not stop.is_set():
         try:
@@ -215,7 +215,7 @@ def receive(response, part, stop):
 
 
 def find_fault(part, response):
-    """What is wrong with a complete file: not the announced one, or no parquet file with text. None if it is good."""
+    """Why a complete file is bad: not the announced one, or no parquet file with text. None if it is good."""
     # Hugging Face announces the hash with the redirection to its store.
     for reply in (*response.history, response):
         tag = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', reply.headers.get("X-Linked-ETag", ""))

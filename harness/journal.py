@@ -57,7 +57,7 @@ def sha256(path):
 
 
 def first_line(error):
-    """What an exception says, in one line of at most 200 characters."""
+    """The first line of an exception's text, at most 200 characters."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
@@ -83,7 +83,7 @@ def explain(error):
 
 
 def git(*words):
-    """What a git command prints in the folder of the repository, or None if it fails."""
+    """The output of a git command in the folder of the repository, or None if it fails."""
     try:
         result = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, errors="replace")
     except OSError:  # not installed
@@ -122,7 +122,7 @@ def harness_sha256():
 
 
 def find_origin():
-    """What is being run: the commit, whether .py files differ from it or are new, hashes of script and harness."""
+    """The code of this run: its commit, whether .py files differ from it or are new, hashes of script and harness."""
     changes = git("status", "--porcelain", "--untracked-files=all", "--", "*.py")
     script = getattr(sys.modules["__main__"], "__file__", None)  # None in a notebook
     return {

@@ -117,7 +117,7 @@ def why_not_compiled(device):
 
 
 def missing_tool():
-    """What the compiler of torch needs and does not find here, with the fix; None if nothing seems to be missing."""
+    """A tool that the compiler of torch needs and does not find here, with the fix; None if all seem to be there."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     compiler = os.environ.get("CXX", COMPILER)

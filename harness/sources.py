@@ -109,7 +109,7 @@ def folder_identity(path):
 
 
 def file_state(status):
-    """What changes when a file does: size in bytes, time of change in nanoseconds."""
+    """Size in bytes and time of change in nanoseconds: one of them changes when the file does."""
     return status.st_size, status.st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""What would end a night, found by `ledger.py start` while the human is awake: problems, each with its fix."""
+"""Problems that would end a night, each with its fix: `ledger.py start` lists them while the human is awake."""
 
 import os
 import re

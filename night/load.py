@@ -1,4 +1,4 @@
-"""What git, the journal and the files of a folder say about its night: load_night is all that ledger.py looks at."""
+"""load_night() reads a night from git, the journal and the files of its folder. ledger.py looks at nothing else."""
 
 import json
 import re
@@ -151,7 +151,7 @@ def in_utc(moment):
 
 
 def read_changes(folder):
-    """What differs from HEAD: train.py, its conflict markers, and other .py files."""
+    """The differences from HEAD: whether train.py has any, or conflict markers, and another .py file that has."""
     changes = (git("status", "--porcelain", "--untracked-files=all", "--", "*.py") or "").splitlines()
     names = [line[2:].strip() for line in changes]  # not line[3:]: git() strips the first line's leading space
     source = read_text(folder / "train.py")
@@ -210,7 +210,7 @@ def read_log(path, head=""):
 
 
 def fallbacks(path="run.log"):
-    """The lines of a log in which train.py says what did not work or does not train."""
+    """The lines of a log in which train.py reports a fallback, or a parameter without a gradient."""
     said = r"^(?:CPU|COMPILE|DEVICE_BATCH_SIZE): .*|^attention: \w+ not used.*|^\S+ has no gradient.*"
     return re.findall(said, read_text(path), re.M)
 
@@ -242,7 +242,7 @@ def row_of(run, status, words):
 
 
 def as_cells(row):
-    """What is written of a row: [5 texts]."""
+    """The cells that are written for a row: 5 texts."""
     if row.status == "crash":
         return row.commit, "0.000000", "0.0", "crash", row.description
     return row.commit, f"{row.val_bpb:.6f}", f"{row.memory_gb:.1f}", row.status, row.description

@@ -83,7 +83,7 @@ def decode(line):
 
 
 def find_separator(line):
-    """What comes after the first word: a tab, a written-out tab, a semicolon, a comma or a bar; else None: spaces."""
+    """The text after the first word: a tab, a written-out tab, a semicolon, a comma or a bar. None for spaces."""
     found = re.match(r'[\s|]*"?[\w-]*"? *(\t|\\t|;|,|\|)', line)
     return found and found[1]
 
@@ -104,7 +104,7 @@ def split_cells(line, separator, count=0):
 def find_row(line, separator, names, number):
     """
     A Row, or None. The columns are those of the header, or the usual ones: under a header with one more, hands go on
-    writing five. What does not fit either is found by its status word.
+    writing five. Rows that fit neither are found by their status word.
     """
     for columns in (names, COLUMNS):
         cells = dict(zip(columns, split_cells(line, separator, len(columns)), strict=False))

@@ -32,7 +32,7 @@ OVER = "# the night is over"
 
 
 def next_step(night):
-    """What comes next: a Step whose command can be run as it stands. A comment (#) where it is the agent's turn."""
+    """The next Step. Its command can be run as it stands; a comment (#) means that it is the agent's turn."""
     last_keep = kept_commits(night)[-1]
     return (
         in_trouble(night)
@@ -51,7 +51,7 @@ def next_step(night):
 
 
 def in_trouble(night):
-    """What has to be put right before anything else."""
+    """Trouble that has to be put right first."""
     branch = f"autoresearch/{night.tag}"
     if night.conflict and night.changed:
         return Step(DROP, "train.py has conflict markers: begin again, by hand")
@@ -203,7 +203,7 @@ def at_the_end(night, last_keep):
 
 
 def result_of(night, last_keep):
-    """What the night has come to, in words."""
+    """The result of the night, in words."""
     if last_keep == night.start:
         return "nothing was kept"
     gained = confirmed_gain(night)

@@ -39,7 +39,7 @@ def go_to(commit, night, reason):
 
 
 def describe(night):
-    """What the next row says, if nobody says it better."""
+    """The description of the next row, if the agent gives none."""
     seeds = [run["seed"] for run in new_runs(night)[0]] or [night.log.get("seed")]
     ending = ""
     if is_over(night) and seeds[0] in FINAL_SEEDS:

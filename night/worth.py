@@ -76,7 +76,7 @@ def is_given_up(commit, night):
 
 
 def pair(rows, runs):
-    """Which row is of which run: ({index of a row: run}, runs without a row)."""
+    """The run of each row: ({index of the row: run}, runs without a row)."""
     pairs = {}
     left = list(runs)
 
@@ -205,7 +205,7 @@ def gain(commit, last_keep, scores):
 
 
 def verdict(commit, last_keep, scores):
-    """What the runs of a commit say about it, against those of the last keep: keep, discard or promising."""
+    """The judgement of a commit by its runs and those of the last keep: keep, discard or promising."""
     if last_keep not in scores:
         return "discard"
 
@@ -226,7 +226,7 @@ def kept_commits(night):
 
 
 def confirmed_gain(night):
-    """What the last keep gains on the baseline with the seeds that selected nothing; NaN until both have run."""
+    """The gain of the last keep over the baseline with the seeds that selected nothing; NaN until both have run."""
     means = []
     for commit in (night.start, kept_commits(night)[-1]):
         seeds = row_seeds(commit, night)

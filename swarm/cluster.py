@@ -205,7 +205,7 @@ def living_nodes(address):
 
 
 def default_slot(nodes):
-    """What a training takes, for submit_job: one GPU where there are any, else all CPUs of the smallest node."""
+    """The resources of a training, for submit_job: one GPU where there are any, else all CPUs of the smallest node."""
     # a node without CPUs takes no training
     resources = [node.resources_total for node in nodes]
     if any(node.get("GPU") for node in resources):

@@ -8,7 +8,7 @@ A hub: a git remote through which several agents share results, tries and plans.
     uv run swarm/hub.py say '<what you try next>'       # the others see it before your run
     uv run swarm/hub.py adopt <hash>                    # another's train.py becomes the next experiment here
 
-Of others, only train.py is ever taken. What they share is in notes.py; join.py is about the first command.
+Only train.py is ever taken from others. notes.py has the shared notes, join.py the first command.
 
 Sections: Exchange, Frontier, Look, Adopt, Command line.
 """

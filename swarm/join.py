@@ -40,7 +40,7 @@ def join(url, tag, until):
 
 
 def find_state():
-    """What night.json, or git, says of the night that is here: {tag, until, commit}; {} if there is none."""
+    """The night that is here, from night.json or git: {tag, until, commit}; {} if there is none."""
     try:
         return load_state(ROOT / "night.json")[0]
     except SystemExit:

@@ -188,7 +188,7 @@ def describe(result):
 
 
 def read_results():
-    """What is known of all jobs of this wave: a list of dicts."""
+    """The results of all jobs of this wave so far: a list of dicts."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 

@@ -102,7 +102,7 @@ def clone(commit):
 
 
 def call_git(*words):
-    """What git prints. Raises SystemExit, one line, if it fails."""
+    """The output of git. Raises SystemExit, one line, if it fails."""
     worked, output, complaint = run_git(ROOT, *words, seconds=GIT_SECONDS)
     if not worked:
         raise SystemExit(f"git {shlex.join(words)}: {first_line(complaint)}")
