@@ -39,6 +39,8 @@ class Segment:
         self.plain = plain
         self.device = prepare.runtime.choose_device()
         benchmark = prepare.load_benchmark()
+
+        # the plain loop has the same model, and nothing that makes it fast
         if plain:
             self.setup = prepare.runtime.Setup(self.device, torch.float32, train.banded)
         else:
@@ -72,6 +74,7 @@ class Segment:
         while time.perf_counter() - start < seconds:
             self.step()
             steps += 1
+            # not too far ahead of the device
             if steps % 10 == 0:
                 self.now()
         return steps * self.accumulation * self.rows * self.T / (self.now() - start)
@@ -88,6 +91,7 @@ class Segment:
 
             return call
 
+        # waiting for the device around each optimizer makes the step slower, its share stays about the same
         for optimizer in self.optimizers:
             optimizer.step = timed(optimizer.step)
         start = self.now()
@@ -109,19 +113,21 @@ class Segment:
 
 def segment(plain):
     """Measure one, in a process of its own, and print its figures as JSON."""
-    one = Segment(plain)
-    one.speed(2)
-    tokens = one.speed(SECONDS)
+    training = Segment(plain)
+    training.speed(2)
+    tokens = training.speed(SECONDS)
+    setup = training.setup
     figures = {
         "tokens": tokens,
-        "peak": one.model.flops_per_token(one.T) * tokens / one.peak(),
-        "optimizer": one.optimizer_share(),
-        "what": f"{one.prepare.device_name(one.device)}, {one.setup.dtype}, compiled: {one.setup.compiled}",
+        "peak": training.model.flops_per_token(training.T) * tokens / training.peak(),
+        "optimizer": training.optimizer_share(),
+        "setup": f"{training.prepare.device_name(setup.device)}, {setup.dtype}, compiled: {setup.compiled}",
     }
     print(json.dumps(figures))
 
 
 def main():
+    # in turns, the fastest of each
     best = {}
     for _ in range(ROUNDS):
         for kind in ("train.py", "plain"):
@@ -129,9 +135,9 @@ def main():
                 [sys.executable, __file__, "segment", kind], capture_output=True, text=True, check=True
             ).stdout
             found = json.loads(output.splitlines()[-1])
-            best[kind] = max(best.get(kind, found), found, key=lambda one: one["tokens"])
+            best[kind] = max(best.get(kind, found), found, key=lambda figures: figures["tokens"])
     ours, plain = best["train.py"], best["plain"]
-    print(f"{ours['what']}: {ours['tokens']:,.0f} tokens/s")
+    print(f"{ours['setup']}: {ours['tokens']:,.0f} tokens/s")
     print(f"{ours['tokens'] / plain['tokens']:.2f} times a plain loop (eager, float32, rows read in step)")
     print(f"{ours['peak']:.2f} of the machine's matrix-product peak")
     print(f"{ours['optimizer']:.3f} of a step is the optimizer")
@@ -212,6 +218,7 @@ def predict(variant):
 
     import prepare
 
+    # two steps: the first one compiles
     train = load_edited(variant)
     executed = count_kernels()
     forgive_values()

@@ -32,6 +32,7 @@ SCORED_ON_NULL = ["--val-rows", "16", "--holdout-rows", "4"]
 PREDICTED = {"step_ms": 240, "memory_gib": 69}  # of an H100 with flash3, by tools/bench.py --gpu
 OVERHEAD = 60  # seconds that a run takes beside its training, until one has been seen
 SMOKE_SECONDS = 20  # of the first two runs, cold and warm
+REPORTS = "attention:.*not used|COMPILE:|DEVICE_BATCH|step .*usual"  # lines of a log that are shown
 
 # The best public run of five minutes has these
 SMALL_BATCH = dict(TOTAL_BATCH_SIZE=2**17, MATRIX_LR=0.02, EMBEDDING_LR=0.7, UNEMBEDDING_LR=0.008)
@@ -93,11 +94,15 @@ class Session:
     def run(self, name, seed, seconds, kind="variant"):
         """One run, unless it was done before or does not fit any more. Returns its result, or None."""
         key = dict(kind=kind, name=name, seed=seed, seconds=seconds)
+
+        # done in an earlier call?
         for result in self.results:
             if key.items() <= result.items():
                 return result
         if time.monotonic() + seconds + self.overhead > self.end:
             return None
+
+        # in a process of its own, so that no run finds the memory or the compiled code of another
         started = time.monotonic()
         process = subprocess.run(
             [sys.executable, __file__, "--run", name],
@@ -107,15 +112,17 @@ class Session:
             text=True,
         )
         result = key | {"total": round(time.monotonic() - started, 1)}
+
+        # the summary is the last line; of the others, those that report a fallback or a stall
         if process.returncode == 0:
             *log, summary = process.stdout.splitlines()
             result |= json.loads(summary)
-            result["log"] = [
-                line for line in log if re.match("attention:.*not used|COMPILE:|DEVICE_BATCH|step .*usual", line)
-            ]
+            result["log"] = [line for line in log if re.match(REPORTS, line)]
             self.overhead = result["total"] - float(result["training_seconds"]) + 5
         else:
             result["error"] = process.stderr.strip().splitlines()[-1:]
+
+        # kept at once: a call may be cut off
         self.results.append(result)
         with open(self.path, "a") as file:
             file.write(json.dumps(result) + "\n")
@@ -128,8 +135,9 @@ def print_result(result):
         print(f"{result['kind']:<8} {result['name']:<12} seed {result['seed']}: {result['error']}", flush=True)
         return
     seconds = float(result["training_seconds"])
+    milliseconds = 1000 * seconds / max(1, result["num_steps"])
     columns = [
-        f"{result['val_bpb']} in {result['num_steps']} steps of {1000 * seconds / max(1, result['num_steps']):.0f} ms",
+        f"{result['val_bpb']} in {result['num_steps']} steps of {milliseconds:.0f} ms",
         f"{1e6 * float(result['total_tokens_M']) / seconds:,.0f} tokens/s, MFU {result['mfu_percent']}%",
         f"{float(result['peak_vram_mb']) / 1024:.1f} GiB, {result['attention']}, compiled: {result['compiled']}",
         f"overhead {result['total'] - seconds:.1f} s",
@@ -163,6 +171,7 @@ def main():
 
     import torch
 
+    # the benchmark and compiled code are new, unless a home is set
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"AUTORESEARCH_HOME": os.environ.get("AUTORESEARCH_HOME", f"{folder}/home")}
         scored = SCORED
@@ -182,6 +191,8 @@ def main():
         for kind in ("cold", "warm"):
             session.run("ours", 1, short, kind)
         session.prepare([*SHAPE, *scored], options.seconds)
+
+        # in turns, so that a machine that slows down slows all of them
         for seed in range(1, options.seeds + 1):
             for name in options.variants or VARIANTS:
                 session.run(name, seed, options.seconds)

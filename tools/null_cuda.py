@@ -1,7 +1,7 @@
 """
-A GPU that isn't there: a libcuda, libcudart and libcublas whose memory is untouched host memory and whose kernels do
-nothing, so that all the rest is real: dispatch, device and dtype checks, the caching allocator, Inductor, Triton and
-ptxas for the architecture. Linux x86-64, the torch wheel with CUDA, gcc. Values mean nothing.
+A GPU that isn't there: a libcuda, libcudart and libcublas whose kernels do nothing and whose memory is untouched host
+memory. All the rest is real: dispatch, device and dtype checks, the caching allocator, Inductor, Triton and ptxas for
+the architecture. Values mean nothing. Needs Linux on x86-64, the torch wheel with CUDA, and gcc.
 """
 
 import subprocess
@@ -22,6 +22,8 @@ CARDS = {  # name, compute capability, memory (as torch names it on real ones), 
 def build(folder, card="H100"):
     """Compile the libraries of a card into a folder; returns the environment in which a process sees it."""
     name, (major, minor), memory, shared = CARDS[card]
+
+    # the headers are those of the wheels
     site = Path(sysconfig.get_path("purelib"))
     library = folder / "libcuda.so.1"
     command = ["gcc", "-O1", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library]
@@ -29,6 +31,8 @@ def build(folder, card="H100"):
     command += [f'-DNAME="{name}"', f"-DMAJOR={major}", f"-DMINOR={minor}", f"-DMEMORY={memory}ull"]
     command += [f"-DSHARED={shared}", "-DCONTEXT=(600ull << 20)", *HERE.glob("null_*.c"), "-ldl"]
     subprocess.run(command, check=True)
+
+    # it comes before the real libcuda, for torch and for Triton
     return {
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": str(folder),
@@ -38,7 +42,7 @@ def build(folder, card="H100"):
 
 
 def forgive_values():
-    """In a process that has this GPU: what looks at values, which mean nothing, is content; one step may take long."""
+    """In a process that has this GPU: replace the checks of values, which mean nothing. A step may take long."""
     import numpy as np
 
     import prepare
@@ -54,11 +58,12 @@ def forgive_values():
 
     prepare.bits_of_rows = bits_of_rows
 
+    # no comparison of kernels by their values, and no best.pt of 6 GB
     def choose_attention(*arguments):
         return prepare.runtime.varlen
 
     def save_best(*arguments):
-        """Not 6 GB."""
+        pass
 
     prepare.runtime.choose_attention = choose_attention
     prepare.journal.save_best = save_best
