@@ -450,7 +450,7 @@ class TrainingClock:
         if self.training_seconds > LATE_LIMIT * self.benchmark.time_budget:
             raise RuntimeError(
                 f"not scored: trained for {self.training_seconds:.1f} s of a budget of {self.benchmark.time_budget:g} "
-                "s; make the steps shorter, and score right after stop()"
+                "s; make the steps shorter (did one recompile?), and score right after stop()"
             )
 
     def release(self):

@@ -134,8 +134,7 @@ class GPT(nn.Module):
 
     def forward(self, inputs, targets=None):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
-        T = inputs.size(1)
-        cos_sin = self.cos[:, :T], self.sin[:, :T]
+        cos_sin = self.cos[:, : inputs.size(1)], self.sin[:, : inputs.size(1)]
         x = self.embed(inputs, self.ngrams(hash_ngrams(inputs)))
         x0 = x.view_as(x)  # not x itself: the first block would be one more to compile
         for block, r, z in zip(self.blocks, self.resid_lambdas, self.x0_lambdas, strict=True):
@@ -156,7 +155,7 @@ class GPT(nn.Module):
         self.compile_parts()
 
     def flops_per_token(self, T):
-        """Forward and backward in rows of T: 6 per weight of a matrix, of all experts, and 12 D per token seen."""
+        """Forward and backward in rows of T: 6 per weight of a matrix, counted once, and 12 D per token seen."""
         weights = 0
         for module in self.modules():
             for weight in module.parameters(recurse=False):
@@ -343,7 +342,7 @@ def apply_rotary_emb(x, cos, sin):
 def banded(q, k, v, window):
     """
     Attention: a position sees itself and `window` earlier ones. q [B, T, H, K]; k, v [B, T, G, K], each for H / G heads
-    of q. On CUDA runtime.set_up() takes FlashAttention instead, where its results are those of this function.
+    of q. On CUDA set_up() takes FlashAttention where it agrees within 2%; setup._replace(attention=banded) does not.
     """
     if k.size(2) < q.size(2):
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
@@ -473,9 +472,10 @@ def kind_of(weight, module, model):
     if isinstance(module, nn.Embedding):
         return "sparse" if module.sparse else "embedding"
 
-    # Weights of a Linear, and those of experts [N, inputs, outputs]. What is one row or column counts as a vector
-    of_matrices = isinstance(module, nn.Linear) or (weight.ndim == 3 and not isinstance(module, nn.Conv1d))
-    if of_matrices and weight.ndim > 1 and min(weight.shape[-2:]) > 1:
+    # Weights of a Linear, and those of experts [N, inputs, outputs]; not single rows or columns, nor small 3-D weights
+    if isinstance(module, nn.Linear) and weight.ndim == 2 and min(weight.shape) > 1:
+        return "matrix"
+    if weight.ndim == 3 and min(weight.shape[1:]) >= HEAD_DIM and not isinstance(module, nn.Conv1d):
         return "matrix"
     return "x0" if weight is model.x0_lambdas else "scalar"
 
@@ -530,7 +530,7 @@ def set_schedules(optimizers, progress):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress)
-            if isinstance(optimizer, Muon):
+            if "momentum" in group:
                 group["momentum"] = momentum
             if "initial_decay" in group:
                 group["weight_decay"] = group["initial_decay"] * (1 - progress)
@@ -556,7 +556,7 @@ def build_model(benchmark, setup):
 
 
 def rehearse(benchmark, setup, shapes, accumulation):
-    """Compile all and fill the memory: two steps of a throwaway model in each shape (rows, T), and a scoring pass."""
+    """Compile all and fill the memory: two steps of a throwaway model per shape (rows, T), scoring in the first one."""
     model = build_model(benchmark, setup)
     optimizers = build_optimizers(model)
     for shape in shapes:
@@ -579,7 +579,7 @@ def find_batch(benchmark, setup):
     while True:
         accumulation = max(1, round(TOTAL_BATCH_SIZE / (rows * T)))
         try:
-            # With all shapes that training will use: the others would compile while the clock runs
+            # With all shapes and windows that training will use: others would compile while the clock runs
             rehearse(benchmark, setup, [(rows, T)], accumulation)
             return rows, accumulation
         except (RuntimeError, MemoryError) as error:

@@ -217,7 +217,9 @@ def report_slow_step(clock):
     longest = seconds.argmax()
     alone = (seconds > LONG_STEP * usual).sum() <= LONE_STEPS  # more of them: something disturbs the run
     if alone and seconds[longest] > max(LONG_STEP * usual, LONG_SHARE * seconds.sum()):
-        print(f"step {longest + 1} took {seconds[longest]:.1f} s, the usual {usual:.2g} s: did it recompile?")
+        print(
+            f"step {longest + 1} took {seconds[longest]:.1f} s, the usual {usual:.2g}: recompiled, or a busy machine?"
+        )
 
 
 def free_memory():
