@@ -217,9 +217,7 @@ def report_slow_step(clock):
     longest = seconds.argmax()
     alone = (seconds > LONG_STEP * usual).sum() <= LONE_STEPS  # more of them: something disturbs the run
     if alone and seconds[longest] > max(LONG_STEP * usual, LONG_SHARE * seconds.sum()):
-        print(
-            f"step {longest + 1} took {seconds[longest]:.1f} s, the usual {usual:.2g}: recompiled, or a busy machine?"
-        )
+        print(f"step {longest + 1} took {seconds[longest]:.1f} s, the usual {usual:.2g} s: recompiled, or a busy CPU?")
 
 
 def free_memory():
