@@ -5,7 +5,6 @@ results.tsv or run.log of other hands that is misread. No repository, no trainin
 
 import dataclasses
 import math
-import random
 import re
 from statistics import mean, stdev
 
@@ -14,11 +13,10 @@ from conftest import HEADER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ledger
-from night import load, waves, worth
+from night import load
 from night.rows import Row, append_rows, read_rows
 from night.rules import OVER, next_step
-from night.worth import Night, gain, noise_floor, scores_of, verdict
+from night.worth import Night, gain, kept_commits, noise_floor, scores_of
 
 # --------------------------------------
 # Worth
@@ -44,22 +42,6 @@ def test_noise_floor_and_gain_against_brute_force(runs):
         for best in scores.keys() - {commit}:
             decisive = group[1:] or group
             assert gain(commit, best, scores) == pytest.approx(mean(scores[best]) - mean(decisive), abs=1e-9)
-
-
-VERDICTS = {  # against a baseline of 1.000 with a noise floor of 0.010
-    "over a quarter of the floor": ([0.997], "promising"),
-    "under it": ([0.998], "discard"),
-    "over half of it, after the first": ([0.980, 0.994], "keep"),
-    "a lucky first run": ([0.900, 0.996], "discard"),
-    "an unlucky first run": ([1.100, 0.980], "keep"),
-    "the third run is behind": ([0.980, 0.990, 1.002], "discard"),
-}
-
-
-@pytest.mark.parametrize("name", VERDICTS)
-def test_verdict(name):
-    tried, expected = VERDICTS[name]
-    assert verdict("new", "base", {"base": [0.995, 1.0, 1.005], "new": tried, "wide": [2.0]}) == expected
 
 
 # --------------------------------------
@@ -115,22 +97,19 @@ def submits(*pairs):
     return "uv run --group cluster swarm/wave.py submit " + " ".join(pairs)
 
 
-def tries(count, first=1):
-    """Rows of so many ideas that came to nothing."""
-    return [(f"{number:07}", 1.1, "discard", "no, seed 1") for number in range(first, first + count)]
-
-
 BASE = [(S, score, "keep", f"baseline, seed {seed}") for seed, score in ((1, 0.995), (2, 1.0), (3, 1.005))]
-FIRST = [*BASE, (A, 0.98, "discard", "wider, seed 1")]
-BOTH = [*FIRST, (B, 0.9, "discard", "x, seed 1")]
-KEPT = [*FIRST, (A, 0.985, "keep", "wider, seed 2")]
+FIRST = [*BASE, (A, 0.997, "discard", "wider, seed 1")]  # the noise floor is 0.010, and 0.0025 is promising
+LUCKY = [*BASE, (A, 0.9, "discard", "wider, seed 1")]
+KEPT = [*LUCKY, (A, 0.994, "keep", "wider, seed 2")]  # which is judged by its second run alone, against 0.005
+TRIED = [*KEPT, *((f"{number:07}", 1.1, "discard", "no, seed 1") for number in range(1, 19))]
 FINALS = [(commit, 0.99, "keep", f"x, final, seed {seed}") for seed in (4, 5) for commit in (S, A)]
 FINAL_CRASHES = [(commit, 0, "crash", f"x, seed {seed}") for seed in (4, 5) for commit in (S, A)]
+SENT = [job(A, 1, "-"), job(B, 1, "-")]
 CRASH = (A, 0, "crash", "wider: ValueError: no, seed 1")
 DROPPED = (B, 0.9, "discard", "x, dropped, seed 1")
 SLOW = dict(slow_steps_percent=30.0)
-RUN, SLOW_RUNS = run_of(A, 1, 0.9), [run_of(A, 1, 0.9, **SLOW)] * 3
-TRY = dict(at=A, branch="autoresearch/test")
+RUN, SLOW_RUN = run_of(A, 1, 0.9), run_of(A, 1, 0.9, **SLOW)
+SLOW_DRIFT = [run_of(S, 1, 1.01, **SLOW)] * 3
 HOME = dict(at=A, until="5")  # at the last keep, at the end
 AWAY = dict(branch="", until="5")  # at the baseline, at the end
 END = "2026-11-28T07:00:00+00:00"
@@ -143,21 +122,17 @@ NIGHTS = {
     # the baseline
     "after start": (night(), train(1), "baseline"),
     "in the first run, cut off": (night(**log(S, reason="")), train(1), "cut off"),
-    "after the first run": (night(new=[run_of(S, 1, 1.0)]), adds("baseline"), "without a row"),
     "after the first row": (night(BASE[:1]), train(2), "baseline"),
     "a baseline by hand, without seeds": (night([(S, 1.0, "keep", "baseline")] * 2), train(3), "baseline"),
     "the baseline is away": (night(BASE[:2], at=A), TO_START, "not complete"),
     "an edit before the baseline": (night(BASE[:2], changed=True), DROP, "untouched"),
-    "the baseline crashes": (night(**log(S)), adds("baseline"), "ValueError"),
     "it has crashed twice": (night([(S, 0, "crash", f"x, seed {n}") for n in (1, 2)]), "tail -c 1500 run.log", "human"),
     "half the steps": (night(BASE[:2], [run_of(S, 3, 1.1, steps=490)]), train(3), "disturbed"),
-    "baseline complete": (night(BASE), IDEA, "commit it"),
     "the same, on a hub": (night(BASE, tag="test/ada", branch="autoresearch/test/ada"), IDEA, "exchange"),
     "baseline complete, detached": (night(BASE, branch=""), BRANCH, "last keep"),
     # an idea
     "edited": (night(BASE, changed=True), FINISH, "git commit"),
     "edited, detached": (night(BASE, changed=True, branch=""), DROP, "on the branch"),
-    "committed": (night(BASE, at=A), train(1), "a new idea"),
     "committed and edited": (night(BASE, at=A, changed=True), CHANGES, "to drop them"),
     "in mid-run": (night(BASE, at=A, running="77", **log(A, reason="")), TAIL, "this commit's"),
     "another trains": (night(BASE, at=A, running="77"), TAIL, "perhaps not yours"),
@@ -167,24 +142,20 @@ NIGHTS = {
     "two runs without a row": (night(BASE, [RUN, run_of(A, 2, 0.9)], A), adds("wider"), "without a row: 2"),
     "quotes": (night(BASE, [RUN], A, subject="--it's\u2028`ß`;"), adds("it s ` `;"), "row"),
     "no subject": (night(BASE, [RUN], A, subject=""), adds("no subject"), "row"),
-    "promising": (night(FIRST, at=A), train(2), "promising"),
-    "promising, by hand": (night([*BASE, (A, 0.98, "discard", "wider")], at=A), train(2), "promising"),
+    "promising, by hand": (night([*BASE, (A, 0.997, "discard", "wider")], at=A), train(2), "promising"),
     "promising, but dropped": (night([*BASE, DROPPED], at=B), back(B), "not kept"),
     "not promising": (night([*BASE, (A, 0.998, "discard", "wider, seed 1")], at=A), back(A), "not kept"),
     "the second run confirms": (night(KEPT, at=A), IDEA, "commit it"),
-    "it does not": (night([*FIRST, (A, 0.999, "discard", "wider, seed 2")], at=A), back(A), "not kept"),
+    "it does not": (night([*LUCKY, (A, 0.996, "discard", "wider, seed 2")], at=A), back(A), "not kept"),
     "a crash before its first line": (night(BASE, at=A, **log(A, 0)), adds("wider"), "crashed: ValueError"),
     "the second run crashed": (night([*FIRST, (A, 0, "crash", "x, seed 2")], at=A), back(A), "not kept"),
     "the log of another commit": (night(BASE, at=A, **log(B)), train(1), "a new idea"),
     "a run of files that differ": (night(BASE, [RUN | {"dirty": True}], A), train(1), "a new idea"),
     "a run of another commit": (night(BASE, [run_of(B, 1, 0.9)]), f"git checkout -q --detach {B}", "has no row"),
-    "a keep by hand": (night([*BASE, (A, 0.98, "keep", "merged")], at=A), IDEA, "commit it"),
     # disturbed runs
-    "disturbed": (night(BASE, SLOW_RUNS[:1], A), train(1), "disturbed"),
-    "disturbed, then well": (night(FIRST, at=A, runs=[*SLOW_RUNS[:1], *night(FIRST).runs]), train(2), "promising"),
-    "disturbed three times": (night(BASE, SLOW_RUNS, A), adds("wider"), "disturbed 3 times"),
-    "given up": (night([*BASE, CRASH], SLOW_RUNS, A), back(A), "not kept"),
-    "the end, an idea disturbed": (night(BASE, SLOW_RUNS[:1], A, until="3"), back(A), "not kept"),
+    "disturbed, then well": (night(FIRST, at=A, runs=[SLOW_RUN, *night(FIRST).runs]), train(2), "promising"),
+    "given up": (night([*BASE, CRASH], [SLOW_RUN] * 3, A), back(A), "not kept"),
+    "the end, an idea disturbed": (night(BASE, [SLOW_RUN], A, until="3"), back(A), "not kept"),
     "the end, a final run disturbed": (night(KEPT, [run_of(S, 4, 1.0, **SLOW)], **AWAY), train(4), "disturbed"),
     # trouble
     "markers in the folder": (night(BASE, conflict=True, changed=True), DROP, "conflict"),
@@ -196,21 +167,14 @@ NIGHTS = {
     "an idea on no branch": (night(BASE, at=A, branch=""), f"{BRANCH} && git reset -q --keep {A}", "no branch"),
     "elsewhere, on no branch": (night(KEPT, at=B, branch=""), BRANCH, "no branch"),
     # now and then
-    "pruning": (night([*KEPT, *tries(7)], at=A), IDEA, "pruning"),
-    "not yet pruning": (night([*KEPT, *tries(6)], at=A), IDEA, "commit it"),
-    "pruning, done": (night([*KEPT, *tries(7), (B, 1.1, "discard", "prune x, seed 1")], at=A), IDEA, "commit it"),
-    "nothing kept, no pruning": (night([*BASE, *tries(9)]), IDEA, "commit it"),
-    "drift is due": (night([*KEPT, *tries(18)], at=A), TO_START, "drift"),
-    "drift is not yet due": (night([*KEPT, *tries(17)], at=A), IDEA, "pruning"),
-    "drift, edited": (night([*KEPT, *tries(18)], at=A, changed=True), FINISH, "git commit"),
-    "drift, there": (night([*KEPT, *tries(18)], branch=""), train(1), "drift"),
-    "drift, given up": (
-        night([*KEPT, *tries(18)], [run_of(S, 1, 1.01, **SLOW)] * 3, branch=""),
-        adds("baseline"),
-        "3 times",
-    ),
-    "drift, done": (night([*KEPT, *tries(18), BASE[0]], branch=""), BRANCH, "last keep"),
-    "nothing kept, no drift": (night([*BASE, *tries(20)]), IDEA, "commit it"),
+    "pruning": (night(TRIED[:12], at=A), IDEA, "pruning"),
+    "not yet pruning": (night(TRIED[:11], at=A), IDEA, "commit it"),
+    "pruning, done": (night([*TRIED[:12], (B, 1.1, "discard", "prune x, seed 1")], at=A), IDEA, "commit it"),
+    "drift is due": (night(TRIED, at=A), TO_START, "drift"),
+    "drift is not yet due": (night(TRIED[:-1], at=A), IDEA, "pruning"),
+    "drift, there": (night(TRIED, branch=""), train(1), "drift"),
+    "drift, given up": (night(TRIED, SLOW_DRIFT, branch=""), adds("baseline"), "3 times"),
+    "nothing kept, no drift": (night([*BASE, *TRIED[5:]]), IDEA, "commit it"),
     # the end
     "before the time": (night(KEPT, at=A, until=END, time="2026-11-28T06:59:59+00:00"), IDEA, "commit it"),
     "at the time": (night(KEPT, at=A, until=END, time=END), TO_START, "the end"),
@@ -219,12 +183,9 @@ NIGHTS = {
     "the end, an idea that never ran": (night(KEPT, at=B, lineage=(S, A, B), until="5"), back(B, A), "not kept"),
     "the end, promising": (night(FIRST, at=A, until="4"), train(2), "promising"),
     "the end, baseline incomplete": (night(BASE[:2], until="1"), OVER, "nothing was kept"),
-    "the end, baseline disturbed": (night(new=[run_of(S, 1, 1.0, **SLOW)], until=END, time=END), OVER, "nothing"),
-    "final baseline, 4": (night(KEPT, **AWAY), train(4), "the end"),
-    "final baseline, run": (night(KEPT, [run_of(S, 4, 1.0)], **AWAY), adds("baseline, final"), "row"),
+    "final baseline, crashed": (night(KEPT, **AWAY, **log(S, 4)), adds("baseline, final"), "crashed"),
     "then the last keep": (night([*KEPT, *FINALS[:1]], **AWAY), BRANCH, "in turns"),
     "final keep, run": (night([*KEPT, *FINALS[:1]], [run_of(A, 4, 0.9)], **HOME), adds("last keep, final"), "row"),
-    "final baseline, 5, away": (night([*KEPT, *FINALS[:2]], **HOME), TO_START, "in turns"),
     "final keep, 5": (night([*KEPT, *FINALS[:3]], **HOME), train(5), "the end"),
     "a final run crashed": (night([*KEPT, *FINAL_CRASHES[:1]], **HOME), train(4), "the end"),
     "over, on no branch": (night([*KEPT, *FINALS], **AWAY), BRANCH, "back"),
@@ -235,16 +196,10 @@ NIGHTS = {
     "wave: out, on this machine": (wave(BASE, [job(A, 1, "out")], running="77"), COLLECT, "out: 1"),
     "wave: a stranger trains": (wave(BASE, [], running="77"), TAIL, "not yours"),
     "wave: one came in, one is out": (wave(BASE, [job(A, 2, "scored"), job(A, 3, "out")]), COLLECT, "out: 1"),
-    "wave: a crash": (wave(BASE, [job(A, 1, "crash", reason="no")]), ADDS, A),
     "wave: the cluster is closed": (wave(BASE, [job(A, 1, "scored")], wave=False), ADDS, A),
     "wave: a crash with its row": (wave([*BASE, CRASH], [job(A, 1, "crash")]), IDEA, "commit it"),
-    "wave: two are promising": (
-        wave(BOTH, [job(A, 1, "-"), job(B, 1, "-")]),
-        submits(f"{A}:2", f"{A}:3", f"{B}:2", f"{B}:3"),
-        "promising",
-    ),
-    "wave: one of them was dropped": (
-        wave([*FIRST, DROPPED], [job(A, 1, "-"), job(B, 1, "-")]),
+    "wave: one is promising, one was dropped": (
+        wave([*FIRST, DROPPED], SENT),
         submits(f"{A}:2", f"{A}:3"),
         "promising",
     ),
@@ -252,7 +207,7 @@ NIGHTS = {
     "wave: disturbed": (wave(BASE, [job(A, 1, "scored", **SLOW)]), submits(f"{A}:1"), "again"),
     "wave: lost three times": (wave(BASE, [job(A, 1, "lost", n) for n in (1, 2, 3)]), ADDS, A),
     "wave: an idea on the branch": (wave(BASE, [], A), submits(f"{A}:1"), "a new idea"),
-    "wave: no drift": (wave([*KEPT, *tries(18)], [], A), IDEA, "pruning"),
+    "wave: no drift": (wave(TRIED, [], A), IDEA, "pruning"),
     "wave: the end": (wave(KEPT, [], **HOME), submits(f"{S}:4", f"{A}:4", f"{S}:5", f"{A}:5"), "the end"),
 }
 
@@ -266,127 +221,39 @@ def test_next_step(name):
 
 
 STATES = [state for state, _, _ in NIGHTS.values()]
-MIXED = {
-    field.name: st.sampled_from([getattr(state, field.name) for state in STATES]) for field in dataclasses.fields(Night)
-}
+MIXED = {field: st.sampled_from([vars(state)[field] for state in STATES]) for field in vars(STATES[0])}
+LINES = {S: (S,), A: (S, A), B: (S, A, B)}  # of each commit, those from the first to it
 
 
-@settings(max_examples=300, deadline=None)
-@given(state=st.builds(Night, **MIXED | {"subject": st.text()}))
-def test_any_mix_of_nights_has_a_next_step(state):
-    step = next_step(state)
-    assert step.command and step.reason
-    if "ledger.py add" in step.command:
-        assert re.fullmatch(r"uv run ledger.py add ('[ -&(-~]+'|--wave)", step.command)
+def moved(state, command):
+    """The night after a git command: somewhere else, or with a train.py that has no changes."""
+    *_, target = command.split()
+    if target == "train.py":
+        return dataclasses.replace(state, changed=False, conflict=False)
+    if target == "HEAD^":
+        target = LINES[state.head][-2]
+    branch = state.branch
+    if "checkout" in command:
+        branch = "autoresearch/test" if BRANCH in command else ""
+    if target == "autoresearch/test":
+        target = kept_commits(state)[-1]
+    lineage = LINES.get(target, (S, target))
+    return dataclasses.replace(state, head=target, branch=branch, lineage=lineage, conflict=False)
 
 
-class Player:
-    """Does what next_step says in a night of its own, with chance for scores, crashes and slips."""
-
-    def __init__(self, until, chance):
-        self.night = night(until=str(until))
-        self.chance = chance
-        self.lines = {S: (S,)}  # of every commit: those from the first to it
-        self.tip = S
-        self.counted = []
-
-    def go(self, commit, branch):
-        self.night.head, self.night.branch, self.night.lineage = commit, branch, self.lines[commit]
-        if branch:
-            self.tip = commit
-
-    def do(self, command):
-        seed = re.match(r"AUTORESEARCH_SEED=(\d)", command)
-        if seed:
-            self.train(int(seed[1]))
-        elif command.startswith("uv run ledger.py add"):
-            self.add()
-        elif command == IDEA:
-            commit = f"{len(self.lines):07}"
-            self.lines[commit] = (*self.lines[self.night.head], commit)
-            self.go(commit, self.night.branch)
-        else:
-            for line in command.split(" && "):
-                self.git(line.split())
-
-    def git(self, words):
-        assert words[1] in ("checkout", "reset", "update-ref")
-        if words[1] == "reset":
-            self.go(words[-1], self.night.branch)
-        elif "--detach" in words:
-            self.go(words[-1], "")
-        elif words[1] == "checkout":
-            self.go(self.tip, "autoresearch/test")
-
-    def train(self, seed):
-        fate = self.chance.choice(["score"] * 6 + ["crash", "slip", "disturbed", "cut off"])
-        head = self.night.head
-        reason = {"crash": "ValueError: no", "slip": "SyntaxError: no"}.get(fate, "")
-        self.night.log = log(head, 0 if fate == "slip" else seed, reason)["log"]
-        slow = SLOW if fate == "disturbed" else {}
-        if fate in ("score", "disturbed"):
-            self.night.runs.append(run_of(head, seed, self.chance.gauss(1 - 0.001 * len(self.lines), 0.003), **slow))
-        if fate == "score" and (head, seed) != (S, 1):  # which runs again, for drift
-            self.counted.append((head, seed))
-
-    def add(self):
-        new, _ = worth.new_runs(self.night)
-        status = ledger.status_of(self.night, scores_of(self.night.rows, new))
-        rows = [load.row_of(run, status, "x") for run in new] + ledger.crash_rows(self.night, "x", None)
-        assert rows, "nothing to add"
-        self.night.rows += rows
-        self.night.log = {}
-
-
-@settings(max_examples=60, deadline=None)
-@given(until=st.integers(1, 45), chance=st.integers(0, 10**9).map(random.Random))
-def test_a_played_night_ends_and_runs_nothing_twice(until, chance):
-    player = Player(until, chance)
-    for _ in range(20 * until + 200):
-        command = next_step(player.night).command
-        if command == OVER or command.startswith("tail"):
-            break
-        if chance.random() < 0.03:  # a slip: the agent is suddenly elsewhere
-            player.go(chance.choice(list(player.lines)), "")
-        else:
-            player.do(command)
-    else:
-        raise AssertionError(f"it does not end: {next_step(player.night)}")
-    assert len(set(player.counted)) == len(player.counted), "a run that counted ran again"
-    scored = worth.counting(player.night.runs, player.night.runs)
-    assert worth.pair(player.night.rows, scored)[1] == [], "a run has no row"
-
-
-# --------------------------------------
-# Jobs of a wave
-
-
-def test_one_commit_of_a_wave_is_kept():
-    """The best of those that the rule keeps; the first run of each, which was the luckiest, says nothing."""
-    scores = {A: [0.93, 0.95, 0.96], B: [0.955, 0.94, 0.95], "ccccccc": [0.98, 0.99, 1.01]}
-    jobs = []
-    for commit, (first, second, third) in scores.items():
-        jobs += [job(commit, seed, "scored", val_bpb=score) for seed, score in ((1, first), (2, second), (3, third))]
-    for sent, expected in ((jobs, B), (jobs[6:], None)):
-        state = wave(BASE, sent)
-        assert waves.winner(state, waves.unwritten(state)) == expected
-
-
-@pytest.mark.parametrize(
-    ("changes", "counts", "problems"),
-    [
-        ({}, 1, 0),
-        ({"benchmark": "another"}, 0, 1),
-        ({"device": "A100"}, 0, 1),
-        ({"commit": S + 33 * "0", "seed": 1}, 0, 0),
-    ],
-    ids=["like the baseline", "another benchmark", "another device", "the journal has it"],
-)
-def test_runs_of_a_wave_compare(changes, counts, problems):
-    runs = [run_of(S, 1, 1.0, device="H100", time="1")]
-    sent = run_of(A, 1, 0.9, device="H100", time="1", benchmark="this", state="scored", job="x") | changes
-    assert len(waves.add_runs(runs, [sent], {"id": "this"}, runs[0]["commit"])) == problems
-    assert len(runs) == 1 + counts
+@settings(max_examples=500, deadline=None)
+@given(state=st.builds(Night, **MIXED | {"tag": st.just("test"), "subject": st.text()}))
+def test_any_mix_of_nights_has_a_next_step_and_no_endless_moves(state):
+    state.lineage = LINES[state.head]
+    for _ in range(5):
+        step = next_step(state)
+        assert step.command and step.reason
+        if "ledger.py add" in step.command:
+            assert re.fullmatch(r"uv run ledger.py add ('[ -&(-~]+'|--wave)", step.command)
+        if not step.command.startswith("git "):
+            return
+        state = moved(state, step.command)
+    raise AssertionError(f"it goes on moving: {step}")
 
 
 # --------------------------------------
@@ -396,8 +263,6 @@ LINE = "a1b2c3d\t0.998100\t44.0\tkeep\tbaseline, seed 1\n"
 ROW = ("a1b2c3d", 0.9981, 44.0, "keep", "baseline, seed 1")
 SIX = HEADER.replace("\tval", "\tsteps\tval")
 SAME = {  # the same row
-    "as it is written": HEADER + LINE,
-    "no header": LINE,
     "no last newline": HEADER + LINE.strip(),
     "blank lines": f"\n{HEADER}\n{LINE}\n\n",
     "a full hash": LINE.replace("a1b2c3d", "a1b2c3d" + "4" * 33),
@@ -410,7 +275,6 @@ SAME = {  # the same row
     "CR": (HEADER + LINE).replace("\n", "\r"),
     "spaces for tabs": (HEADER + LINE).replace("\t", "  "),
     "written-out tabs": (HEADER + LINE).replace("\t", "\\t"),
-    "semicolons": (HEADER + LINE).replace("\t", ";"),
     "semicolons, decimal commas": LINE.replace("\t", ";").replace(".", ","),
     "commas": LINE.replace("\t", ","),
     "commas and quotes": 'a1b2c3d,0.9981,44.0,keep,"baseline, seed 1"',
@@ -424,7 +288,6 @@ SAME = {  # the same row
 }
 LEDGERS = {name: (content, [ROW], []) for name, content in SAME.items()} | {
     "nothing": ("", [], []),
-    "a header alone": (HEADER, [], []),
     "a header twice": (HEADER + LINE + HEADER + LINE, [ROW] * 2, []),
     "a hash of 6": (LINE.replace("a1b2c3d", "a1b2c3"), [("a1b2c3", *ROW[1:])], []),
     "Windows-1252": (LINE.replace("base", "b\xe4se").encode("cp1252"), [(*ROW[:4], "b\xe4seline, seed 1")], []),
