@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from night import load
 from night.rows import Row, append_rows, read_rows
 from night.rules import OVER, next_step
-from night.worth import Night, gain, kept_commits, noise_floor, scores_of
+from night.worth import Night, gain, kept_commits, noise_floor, scores_of, verdict
 
 # --------------------------------------
 # Worth
@@ -42,6 +42,14 @@ def test_noise_floor_and_gain_against_brute_force(runs):
         for best in scores.keys() - {commit}:
             decisive = group[1:] or group
             assert gain(commit, best, scores) == pytest.approx(mean(scores[best]) - mean(decisive), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"), [(0.994, "keep"), (0.996, "discard")], ids=["over half of the floor", "under it"]
+)
+def test_the_second_run_decides_alone(second, expected):
+    """However lucky the first was, which also moves no floor; that of the baseline is 0.010."""
+    assert verdict("new", "base", {"base": [0.995, 1.0, 1.005], "new": [0.9, second], "wide": [2.0]}) == expected
 
 
 # --------------------------------------
@@ -109,6 +117,7 @@ CRASH = (A, 0, "crash", "wider: ValueError: no, seed 1")
 DROPPED = (B, 0.9, "discard", "x, dropped, seed 1")
 SLOW = dict(slow_steps_percent=30.0)
 RUN, SLOW_RUN = run_of(A, 1, 0.9), run_of(A, 1, 0.9, **SLOW)
+SLOW_SECOND = [run_of(S, 2, 1.1, **SLOW)] * 3
 SLOW_DRIFT = [run_of(S, 1, 1.01, **SLOW)] * 3
 HOME = dict(at=A, until="5")  # at the last keep, at the end
 AWAY = dict(branch="", until="5")  # at the baseline, at the end
@@ -128,8 +137,9 @@ NIGHTS = {
     "an edit before the baseline": (night(BASE[:2], changed=True), DROP, "untouched"),
     "it has crashed twice": (night([(S, 0, "crash", f"x, seed {n}") for n in (1, 2)]), "tail -c 1500 run.log", "human"),
     "half the steps": (night(BASE[:2], [run_of(S, 3, 1.1, steps=490)]), train(3), "disturbed"),
-    "the same, on a hub": (night(BASE, tag="test/ada", branch="autoresearch/test/ada"), IDEA, "exchange"),
-    "baseline complete, detached": (night(BASE, branch=""), BRANCH, "last keep"),
+    "disturbed after a crash": (night([(S, 0, "crash", "x, seed 1")], SLOW_SECOND), adds("baseline"), "3 times"),
+    "complete, on a hub": (night(BASE, tag="test/ada", branch="autoresearch/test/ada"), IDEA, "exchange"),
+    "complete, detached": (night(BASE, branch=""), BRANCH, "last keep"),
     # an idea
     "edited": (night(BASE, changed=True), FINISH, "git commit"),
     "edited, detached": (night(BASE, changed=True, branch=""), DROP, "on the branch"),
@@ -174,7 +184,7 @@ NIGHTS = {
     "drift is not yet due": (night(TRIED[:-1], at=A), IDEA, "pruning"),
     "drift, there": (night(TRIED, branch=""), train(1), "drift"),
     "drift, given up": (night(TRIED, SLOW_DRIFT, branch=""), adds("baseline"), "3 times"),
-    "nothing kept, no drift": (night([*BASE, *TRIED[5:]]), IDEA, "commit it"),
+    "nothing kept, no drift": (night([*BASE, *TRIED[5:], *TRIED[5:]]), IDEA, "commit it"),
     # the end
     "before the time": (night(KEPT, at=A, until=END, time="2026-11-28T06:59:59+00:00"), IDEA, "commit it"),
     "at the time": (night(KEPT, at=A, until=END, time=END), TO_START, "the end"),
