@@ -127,12 +127,18 @@ def test_labels_do_not_collide(cells):
 
 def test_the_audit_finds_what_does_not_agree(cells):
     bug = "fffffff\t0.800000\t1.0\tkeep\ta bug\n"
-    changes = {"row2": {"dirty": True}, "row4": {"val_bpb": 0.991}, "row5": {"commit": "9" * 40}}
+    flagged = {"same_harness": False, "dirty": True, "seed": 7, "scored_rows_read": 64, "untimed_rows": 8, "gpus": 2}
+    changes = {"row2": flagged, "row4": {"val_bpb": 0.991}, "row5": {"commit": "9" * 40}}
     journal = journal_of(NIGHT + bug, row8={"device": "another"}, **changes)
     journal += [{**journal[0], "val_bpb": score} for score in (2.0, 2.1, 2.2)]
     found, text = cells(NIGHT + "eeeeeee\t0.987000\t1.0\tkeep\tonce more\n" + bug, journal)
     assert found["findings"] == [
+        (1, "aaaaaaa", "read 8 training rows outside of the timed part"),
+        (1, "aaaaaaa", "read scored rows (validation or holdout): 64"),
+        (1, "aaaaaaa", "seed 7, which program.md does not name"),
+        (1, "aaaaaaa", "the harness was not the one that prepared the benchmark"),
         (1, "aaaaaaa", "uncommitted changes, .py files that git does not know, or no git at all"),
+        (1, "aaaaaaa", "used 2 GPUs"),
         (3, "bbbbbbb", "the ledger says 0.990000, its run scored 0.991000"),
         (4, "ccccccc", "no run of this commit in the journal of this machine"),
         (8, "eeeeeee", "a second row for one and the same run"),
@@ -141,7 +147,7 @@ def test_the_audit_finds_what_does_not_agree(cells):
     ]
     assert "device: another, cpu  <- several: their scores do not compare" in text
     assert "; 4 runs have no row" in text  # these three and bbbbbbb's own
-    assert found["conclusion"].startswith("6 findings")
+    assert found["conclusion"].startswith("11 findings")
 
 
 @pytest.mark.parametrize(
