@@ -34,17 +34,17 @@ SOON = (NOW + timedelta(hours=2)).replace(second=0, microsecond=0)
 BEFORE = (NOW - timedelta(hours=2)).replace(second=0, microsecond=0)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (f"{SOON:%H:%M}", SOON),
-        (f"{SOON:%Y-%m-%dT%H:%M}", SOON),
-        (SOON.isoformat(timespec="minutes"), SOON),
-        (f"{BEFORE:%H:%M}", BEFORE + timedelta(days=1)),
-    ],
-    ids=["a time of day", "a date", "with its zone", "tomorrow"],
-)
-def test_until_is_a_time_in_utc(text, expected):
+TIMES = {
+    "a time of day": (f"{SOON:%H:%M}", SOON),
+    "a date": (f"{SOON:%Y-%m-%dT%H:%M}", SOON),
+    "with its zone": (SOON.isoformat(timespec="minutes"), SOON),
+    "tomorrow": (f"{BEFORE:%H:%M}", BEFORE + timedelta(days=1)),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_until_is_a_time_in_utc(name):
+    text, expected = TIMES[name]
     until = datetime.fromisoformat(ledger.parse_until(text))
     assert until == expected and until.utcoffset() == timedelta(0)
 

@@ -6,6 +6,7 @@ results.tsv or run.log of other hands that is misread. No repository, no trainin
 import dataclasses
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from statistics import mean, stdev
 
 import pytest
@@ -335,6 +336,16 @@ def test_what_is_read_and_kept(name, tmp_path, monkeypatch):
     assert [row[:1] + row[3:5] for row in more[:-1]] == [row[:1] + row[3:5] for row in rows]
     assert more[-1][:5] == ("e" * 7, 1.0, 1.0, "keep", "one more line")
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_rows_that_are_appended_at_once_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(tmp_path))
+    path = tmp_path / "results.tsv"
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(40):
+            pool.submit(append_rows, path, [(f"{number:07}", "1.0", "1.0", "keep", "x")])
+    lines = path.read_text().splitlines(keepends=True)
+    assert lines[0] == HEADER and len(lines) == 41 == len(set(lines))
 
 
 @given(content=st.binary())
