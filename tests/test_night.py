@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from night import load
 from night.rows import Row, append_rows, read_rows
 from night.rules import OVER, next_step
-from night.worth import Night, gain, kept_commits, noise_floor, scores_of, verdict
+from night.worth import Night, gain, kept_commits, noise_floor, pair, scores_of, verdict
 
 # --------------------------------------
 # Worth
@@ -51,6 +51,12 @@ def test_noise_floor_and_gain_against_brute_force(runs):
 def test_the_second_run_decides_alone(second, expected):
     """However lucky the first was, which also moves no floor; that of the baseline is 0.010."""
     assert verdict("new", "base", {"base": [0.995, 1.0, 1.005], "new": [0.9, second], "wide": [2.0]}) == expected
+
+
+def test_no_rounded_row_takes_the_run_of_another():
+    rows = [Row("abcdef0", score, 1.0, "keep", "", 0) for score in (1.0, 1.0004)]
+    runs = [run_of("abcdef0", seed, score) for seed, score in ((1, 1.0004), (2, 1.00001))]
+    assert pair(rows, runs) == ({0: runs[1], 1: runs[0]}, [])
 
 
 # --------------------------------------
