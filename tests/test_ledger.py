@@ -225,11 +225,12 @@ def test_start_says_all_problems_at_once(clone):
 
 
 def test_start_moves_an_old_ledger_aside_over_nothing(clone):
-    for name in ("results.tsv", "results-before-test.tsv", "run.log"):
+    for name in ("results.tsv", "results-before-test.tsv", "run.log", "ideas.md"):
         clone.write(name, name)
     assert "is results-before-test2.tsv now" in clone.call(ledger.start, "test", "40")
     assert (clone.folder / "results-before-test2.tsv").read_text() == "results.tsv"
-    assert (clone.folder / "results-before-test.tsv").read_text() == "results-before-test.tsv"
+    for name in ("results-before-test.tsv", "ideas.md"):
+        assert (clone.folder / name).read_text() == name
     assert (clone.folder / "results.tsv").read_text() == HEADER and not (clone.folder / "run.log").exists()
     state = json.loads((clone.folder / "night.json").read_text())
     assert state["until"] == "40" and state["commit"] == clone.git("rev-parse", "HEAD").strip()
@@ -242,20 +243,38 @@ def test_start_moves_an_old_ledger_aside_over_nothing(clone):
 
 def test_add_writes_rows_by_the_rule(clone):
     start = clone.baseline()
-    assert clone.rows()[2] == [start, "1.000000", "2.0", "keep", "baseline, seed 2"]
     assert clone.rows()[1][1] == "0.995000" and clone.rows()[3][1] == "1.005000"
+    assert clone.rows()[2] == [start, "1.000000", "2.0", "keep", "baseline, seed 2"]
     idea = clone.commit()
     clone.scored(0.98)
     text = clone.status()
-    assert "noise floor: 0.010000, pooled" in text and f"to beat:     1.000000, {start}\n" in text
+    assert f"to beat:     1.000000, {start}\n" in text
     assert "  0.980000 seed 1, 10 steps, gain +0.020000, no row yet\n" in text
     assert f"added: {idea} 0.980000 discard, wider, seed 1\n" in clone.add("wider") and clone.next() == train(2)
     text = clone.status()
     assert clone.status() == text and "no row" not in text, "looking again counts nothing twice"
+
+    # the runs of what is judged move no floor
     clone.scored(0.985, 2)
+    clone.scored(0.6, 3, dirty=True)
+    text = clone.status()
+    assert "noise floor: 0.010000, pooled" in text and "gain +0.400000, does not count\n" in text
     assert f"added: {idea} 0.985000 keep, wider, seed 2\n" in clone.add("wider")
+
+    # final runs do not move what is to beat
+    clone.write("night.json", (clone.folder / "night.json").read_text().replace("never", "5"))
+    clone.scored(0.5, 4)
+    assert "last keep, final, seed 4" in clone.add(None)
     text = clone.status()
     assert f"to beat:     0.982500, {idea}\n" in text and "1.0000 to 0.9825\n" in text
+
+
+def test_add_drops_what_is_promising(clone):
+    start = clone.baseline()
+    idea = clone.commit()
+    clone.scored(0.98)
+    assert "discard, wider, dropped, seed 1" in clone.add("wider", "discard")
+    assert clone.next() == back(idea, start)
 
 
 REFUSED = {
