@@ -125,7 +125,6 @@ DROPPED = (B, 0.9, "discard", "x, dropped, seed 1")
 SLOW = dict(slow_steps_percent=30.0)
 RUN, SLOW_RUN = run_of(A, 1, 0.9), run_of(A, 1, 0.9, **SLOW)
 SLOW_SECOND = [run_of(S, 2, 1.1, **SLOW)] * 3
-SLOW_DRIFT = [run_of(S, 1, 1.01, **SLOW)] * 3
 HOME = dict(at=A, until="5")  # at the last keep, at the end
 AWAY = dict(branch="", until="5")  # at the baseline, at the end
 END = "2026-11-28T07:00:00+00:00"
@@ -136,9 +135,7 @@ ADDS, COLLECT = "uv run ledger.py add --wave", "uv run --group cluster swarm/wav
 
 NIGHTS = {
     # the baseline
-    "after start": (night(), train(1), "baseline"),
     "in the first run, cut off": (night(**log(S, reason="")), train(1), "cut off"),
-    "after the first row": (night(BASE[:1]), train(2), "baseline"),
     "a baseline by hand, without seeds": (night([(S, 1.0, "keep", "baseline")] * 2), train(3), "baseline"),
     "the baseline is away": (night(BASE[:2], at=A), TO_START, "not complete"),
     "an edit before the baseline": (night(BASE[:2], changed=True), DROP, "untouched"),
@@ -160,13 +157,10 @@ NIGHTS = {
     "quotes": (night(BASE, [RUN], A, subject="--it's\u2028`ß`;"), adds("it s ` `;"), "row"),
     "no subject": (night(BASE, [RUN], A, subject=""), adds("no subject"), "row"),
     "promising, by hand": (night([*BASE, (A, 0.997, "discard", "wider")], at=A), train(2), "promising"),
-    "promising, but dropped": (night([*BASE, DROPPED], at=B), back(B), "not kept"),
     "not promising": (night([*BASE, (A, 0.998, "discard", "wider, seed 1")], at=A), back(A), "not kept"),
-    "the second run confirms": (night(KEPT, at=A), IDEA, "commit it"),
     "it does not": (night([*LUCKY, (A, 0.996, "discard", "wider, seed 2")], at=A), back(A), "not kept"),
     "a crash before its first line": (night(BASE, at=A, **log(A, 0)), adds("wider"), "crashed: ValueError"),
     "the second run crashed": (night([*FIRST, (A, 0, "crash", "x, seed 2")], at=A), back(A), "not kept"),
-    "the log of another commit": (night(BASE, at=A, **log(B)), train(1), "a new idea"),
     "a run of files that differ": (night(BASE, [RUN | {"dirty": True}], A), train(1), "a new idea"),
     "a run of another commit": (night(BASE, [run_of(B, 1, 0.9)]), f"git checkout -q --detach {B}", "has no row"),
     # disturbed runs
@@ -190,28 +184,24 @@ NIGHTS = {
     "drift is due": (night(TRIED, at=A), TO_START, "drift"),
     "drift is not yet due": (night(TRIED[:-1], at=A), IDEA, "pruning"),
     "drift, there": (night(TRIED, branch=""), train(1), "drift"),
-    "drift, given up": (night(TRIED, SLOW_DRIFT, branch=""), adds("baseline"), "3 times"),
     "nothing kept, no drift": (night([*BASE, *TRIED[5:], *TRIED[5:]]), IDEA, "commit it"),
     # the end
     "before the time": (night(KEPT, at=A, until=END, time="2026-11-28T06:59:59+00:00"), IDEA, "commit it"),
     "at the time": (night(KEPT, at=A, until=END, time=END), TO_START, "the end"),
     "before the number": (night(KEPT, at=A, until="6"), IDEA, "commit it"),
     "the end, edited": (night(KEPT, changed=True, **HOME), DROP, "no new idea"),
-    "the end, an idea that never ran": (night(KEPT, at=B, lineage=(S, A, B), until="5"), back(B, A), "not kept"),
     "the end, promising": (night(FIRST, at=A, until="4"), train(2), "promising"),
     "the end, baseline incomplete": (night(BASE[:2], until="1"), OVER, "nothing was kept"),
     "final baseline, crashed": (night(KEPT, **AWAY, **log(S, 4)), adds("baseline, final"), "crashed"),
     "then the last keep": (night([*KEPT, *FINALS[:1]], **AWAY), BRANCH, "in turns"),
     "final keep, run": (night([*KEPT, *FINALS[:1]], [run_of(A, 4, 0.9)], **HOME), adds("last keep, final"), "row"),
     "final keep, 5": (night([*KEPT, *FINALS[:3]], **HOME), train(5), "the end"),
-    "a final run crashed": (night([*KEPT, *FINAL_CRASHES[:1]], **HOME), train(4), "the end"),
     "over, on no branch": (night([*KEPT, *FINALS], **AWAY), BRANCH, "back"),
     "over": (night([*KEPT, *FINALS[:3], (A, 0.97, "keep", "x, final, seed 5")], **HOME), OVER, "+0.010000"),
     "over, all finals crashed": (night([*KEPT, *FINAL_CRASHES], **HOME), OVER, "no gain"),
     # waves
     "wave: the baseline": (wave([], []), submits(f"{S}:1", f"{S}:2", f"{S}:3"), "baseline"),
     "wave: out, on this machine": (wave(BASE, [job(A, 1, "out")], running="77"), COLLECT, "out: 1"),
-    "wave: a stranger trains": (wave(BASE, [], running="77"), TAIL, "not yours"),
     "wave: one came in, one is out": (wave(BASE, [job(A, 2, "scored"), job(A, 3, "out")]), COLLECT, "out: 1"),
     "wave: the cluster is closed": (wave(BASE, [job(A, 1, "scored")], wave=False), ADDS, A),
     "wave: a crash with its row": (wave([*BASE, CRASH], [job(A, 1, "crash")]), IDEA, "commit it"),
@@ -220,7 +210,6 @@ NIGHTS = {
         submits(f"{A}:2", f"{A}:3"),
         "promising",
     ),
-    "wave: a node went": (wave(BASE, [job(A, 1, "lost")]), submits(f"{A}:1"), "again"),
     "wave: disturbed": (wave(BASE, [job(A, 1, "scored", **SLOW)]), submits(f"{A}:1"), "again"),
     "wave: lost three times": (wave(BASE, [job(A, 1, "lost", n) for n in (1, 2, 3)]), ADDS, A),
     "wave: an idea on the branch": (wave(BASE, [], A), submits(f"{A}:1"), "a new idea"),
@@ -278,17 +267,14 @@ def test_any_mix_of_nights_has_a_next_step_and_no_endless_moves(state):
 
 LINE = "a1b2c3d\t0.998100\t44.0\tkeep\tbaseline, seed 1\n"
 ROW = ("a1b2c3d", 0.9981, 44.0, "keep", "baseline, seed 1")
-SIX = HEADER.replace("\tval", "\tsteps\tval")
 SAME = {  # the same row
     "no last newline": HEADER + LINE.strip(),
-    "blank lines": f"\n{HEADER}\n{LINE}\n\n",
     "a full hash": LINE.replace("a1b2c3d", "a1b2c3d" + "4" * 33),
     "upper case": LINE.replace("a1b2c3d", "A1B2C3D").replace("keep", "KEEP"),
     "byte order mark": (HEADER + LINE).encode("utf-8-sig"),
     "UTF-16": (HEADER + LINE).encode("utf-16"),
     "UTF-16, big end first": b"\xfe\xff" + (HEADER + LINE).encode("utf-16-be"),
     "UTF-16 appended to UTF-8": HEADER.encode() + LINE.encode("utf-16-le"),
-    "CRLF": (HEADER + LINE).replace("\n", "\r\n"),
     "CR": (HEADER + LINE).replace("\n", "\r"),
     "spaces for tabs": (HEADER + LINE).replace("\t", "  "),
     "written-out tabs": (HEADER + LINE).replace("\t", "\\t"),
@@ -297,28 +283,21 @@ SAME = {  # the same row
     "commas and quotes": 'a1b2c3d,0.9981,44.0,keep,"baseline, seed 1"',
     "a table of Markdown": LINE.replace("\t", " | ").replace("a1", "| a1").replace("\n", " |"),
     "one tab, then spaces": "a1b2c3d\t0.9981 44.0 keep baseline, seed 1",
-    "decimal commas": LINE.replace("0.9981", "0,9981"),
     "a number too many": LINE.replace("\tkeep", "\t8\tkeep"),
-    "five columns under six": SIX + LINE,
-    "six columns under six": SIX + LINE.replace("\t0.99", "\t800\t0.99"),
+    "five columns under six": HEADER.replace("\tval", "\tsteps\tval") + LINE,
     "a word for keep": LINE.replace("keep", "Kept!"),
 }
 LEDGERS = {name: (content, [ROW], []) for name, content in SAME.items()} | {
     "nothing": ("", [], []),
-    "a header twice": (HEADER + LINE + HEADER + LINE, [ROW] * 2, []),
     "a hash of 6": (LINE.replace("a1b2c3d", "a1b2c3"), [("a1b2c3", *ROW[1:])], []),
     "Windows-1252": (LINE.replace("base", "b\xe4se").encode("cp1252"), [(*ROW[:4], "b\xe4seline, seed 1")], []),
     "U+2028 in a description": (LINE.replace("line,", "\u2028,"), [(*ROW[:4], "base\u2028, seed 1")], []),
-    "commas between spaces": ("a1b2c3d 0.9981 44.0 keep wide, seed 1", [(*ROW[:4], "wide, seed 1")], []),
-    "tabs in a description": (LINE.replace("baseline, ", "base\tline, "), [(*ROW[:4], "base\tline, seed 1")], []),
     "no memory": (LINE.replace("\t44.0", ""), [(*ROW[:2], None, *ROW[3:])], []),
-    "no description": ("a1b2c3d\t0.9981\t44.0\tkeep", [(*ROW[:4], "")], []),
     "other columns": ("Status\tVal_BPB\tCommit\nkeep\t0.9981\ta1b2c3d\n", [(*ROW[:2], None, "keep", "")], []),
     "an unknown word": ("a1b2c3d\t0.9981\t44.0\tgood\tkeep", [(*ROW[:3], "discard", "keep")], []),
     "a crash without numbers": ("a1b2c3d\t-\t\tfailed\tno", [("a1b2c3d", None, None, "crash", "no")], []),
     "a discard of zero": ("a1b2c3d\t0\t0\tdiscard\tno", [("a1b2c3d", None, 0.0, "crash", "no")], []),
     "not a score": (HEADER + LINE.replace("0.998100", "n/a"), [], [":2: not a row"]),
-    "not a hash": (HEADER + LINE.replace("a1b2c3d", "HEAD") + LINE, [ROW], [":2: not a row"]),
     "words": ("# my notes\n" + LINE, [ROW], [":1: not a row"]),
     "another tool": ("step\tval_bpb\n1\t2.5\n", [], [":1: a ledger of another tool", ":2: not a row"]),
     "bytes": (bytes(range(128, 256)), [], [":1: not a row"]),
