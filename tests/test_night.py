@@ -227,7 +227,9 @@ def test_next_step(name):
 
 
 STATES = [state for state, _, _ in NIGHTS.values()]
-MIXED = {field: st.sampled_from([vars(state)[field] for state in STATES]) for field in vars(STATES[0])}
+MIXED = {"tag": st.just("test"), "subject": st.text()}
+for field in vars(STATES[0]).keys() - MIXED:
+    MIXED[field] = st.sampled_from([vars(state)[field] for state in STATES])
 LINES = {S: (S,), A: (S, A), B: (S, A, B)}  # of each commit, those from the first to it
 
 
@@ -248,7 +250,7 @@ def moved(state, command):
 
 
 @settings(max_examples=500, deadline=None)
-@given(state=st.builds(Night, **MIXED | {"tag": st.just("test"), "subject": st.text()}))
+@given(state=st.builds(Night, **MIXED))
 def test_any_mix_of_nights_has_a_next_step_and_no_endless_moves(state):
     state.lineage = LINES[state.head]
     for _ in range(5):
@@ -292,11 +294,11 @@ LEDGERS = {name: (content, [ROW], []) for name, content in SAME.items()} | {
     "a hash of 6": (LINE.replace("a1b2c3d", "a1b2c3"), [("a1b2c3", *ROW[1:])], []),
     "Windows-1252": (LINE.replace("base", "b\xe4se").encode("cp1252"), [(*ROW[:4], "b\xe4seline, seed 1")], []),
     "U+2028 in a description": (LINE.replace("line,", "\u2028,"), [(*ROW[:4], "base\u2028, seed 1")], []),
-    "no memory": (LINE.replace("\t44.0", ""), [(*ROW[:2], None, *ROW[3:])], []),
-    "other columns": ("Status\tVal_BPB\tCommit\nkeep\t0.9981\ta1b2c3d\n", [(*ROW[:2], None, "keep", "")], []),
+    "no memory": (LINE.replace("\t44.0", ""), [(*ROW[:2], math.nan, *ROW[3:])], []),
+    "other columns": ("Status\tVal_BPB\tCommit\nkeep\t0.9981\ta1b2c3d\n", [(*ROW[:2], math.nan, "keep", "")], []),
     "an unknown word": ("a1b2c3d\t0.9981\t44.0\tgood\tkeep", [(*ROW[:3], "discard", "keep")], []),
-    "a crash without numbers": ("a1b2c3d\t-\t\tfailed\tno", [("a1b2c3d", None, None, "crash", "no")], []),
-    "a discard of zero": ("a1b2c3d\t0\t0\tdiscard\tno", [("a1b2c3d", None, 0.0, "crash", "no")], []),
+    "a crash without numbers": ("a1b2c3d\t-\t\tfailed\tno", [("a1b2c3d", math.nan, math.nan, "crash", "no")], []),
+    "a discard of zero": ("a1b2c3d\t0\t0\tdiscard\tno", [("a1b2c3d", math.nan, 0.0, "crash", "no")], []),
     "not a score": (HEADER + LINE.replace("0.998100", "n/a"), [], [":2: not a row"]),
     "words": ("# my notes\n" + LINE, [ROW], [":1: not a row"]),
     "another tool": ("step\tval_bpb\n1\t2.5\n", [], [":1: a ledger of another tool", ":2: not a row"]),
@@ -311,7 +313,7 @@ def test_what_is_read_and_kept(name, tmp_path, monkeypatch):
     path = tmp_path / "results.tsv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     rows, problems = read_rows(path)
-    assert [[None if cell != cell else cell for cell in row[:5]] for row in rows] == [list(row) for row in expected]
+    assert str([row[:5] for row in rows]) == str(expected)  # as texts: NaN is no equal of its own
     assert len(problems) == len(said) and all(words in line for words, line in zip(said, problems)), problems
 
     # a row more, and all is there that was
