@@ -5,6 +5,7 @@ written twice, a night that is forgotten, a loop that stops or spins. The journa
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -215,6 +216,17 @@ def test_start_refuses_a_machine_that_is_taken_or_has_no_compiler(clone, monkeyp
             refused(clone, fix)
     clone.write("train.py", "COMPILE = False\n")
     assert checks.compiler_problems(clone.folder) == []
+
+
+def test_a_hook_that_hangs_is_ended(clone):
+    pipe = clone.folder.parent / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    clone.bash(f"mkdir -p .git/hooks; {hook('commit-msg', 'exec sleep 60 > ../pipe')}")
+    worked, _, complaint = checks.run_git(clone.folder, "commit", "--allow-empty", "-m", "x", seconds=1)
+    assert not worked and "no answer for 1 s" in complaint
+    assert os.read(reader, 1) == b"", "which raises while the hook holds the other end"
+    os.close(reader)
 
 
 def test_start_says_all_problems_at_once(clone):
