@@ -24,10 +24,12 @@ from night.rows import append_rows
 from night.rules import OVER
 
 
-def test_sparkline():
+def test_sparkline(monkeypatch):
     assert ledger.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
     assert ledger.sparkline([2, 2]) == "▁▁"
     assert ledger.sparkline(list(range(500))) == ledger.sparkline(list(range(60)))
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(encoding="ascii"))
+    assert ledger.sparkline([1, 2]) == ""
 
 
 NOW = datetime.now().astimezone()

@@ -196,6 +196,7 @@ NIGHTS = {
     "then the last keep": (night([*KEPT, *FINALS[:1]], **AWAY), BRANCH, "in turns"),
     "final keep, run": (night([*KEPT, *FINALS[:1]], [run_of(A, 4, 0.9)], **HOME), adds("last keep, final"), "row"),
     "final keep, 5": (night([*KEPT, *FINALS[:3]], **HOME), train(5), "the end"),
+    "over, but extended": (night([*KEPT, *FINALS], at=A, until="6"), IDEA, "commit it"),
     "over, on no branch": (night([*KEPT, *FINALS], **AWAY), BRANCH, "back"),
     "over": (night([*KEPT, *FINALS[:3], (A, 0.97, "keep", "x, final, seed 5")], **HOME), OVER, "+0.010000"),
     "over, all finals crashed": (night([*KEPT, *FINAL_CRASHES], **HOME), OVER, "no gain"),
