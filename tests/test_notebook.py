@@ -108,9 +108,10 @@ def test_awkward_ledgers_are_shown(cells, name):
 
 
 def test_labels_do_not_collide(cells):
-    """Of 30 keeps, some of them side by side and with equal scores; all of the list is in the picture."""
+    """Of 30 keeps side by side, some with equal scores, in a long night; all of the list is in the picture."""
     rows = [f"aaaaaaa\t1.0\t1\tkeep\tbaseline, seed {seed}\n" for seed in (1, 2, 3)]
     rows += [f"{i:07}\t{1 - i // 3 * 0.001}\t1\tkeep\t{'a long story ' * 9}\n" for i in range(1, 31)]
+    rows += [f"{i:07}\t1.0\t1\tdiscard\tx\n" for i in range(31, 200)]
     figure = cells(HEADER + "".join(rows))[0]["figure"]
     renderer = FigureCanvasAgg(figure).get_renderer()
     axes = figure.axes[0].get_window_extent(renderer)
