@@ -214,7 +214,7 @@ def test_start_refuses_a_machine_that_is_taken_or_has_no_compiler(clone, monkeyp
     monkeypatch.setattr(checks, "running_training", lambda: "77")
     monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     with FileLock(clone.home / "night.lock"):
-        for fix in ("night.lock is taken", "wait for it, or kill 77", "install g++"):
+        for fix in ("night.lock is taken", "wait for it, or kill 77", "no C++ compiler"):
             refused(clone, fix)
     clone.write("train.py", "COMPILE = False\n")
     assert checks.compiler_problems(clone.folder) == []
@@ -388,6 +388,22 @@ def test_add_of_a_wave(clone):
         ledger.add_wave(clone.folder)
 
 
+def test_add_of_a_scored_run_as_a_crash(clone):
+    clone.baseline()
+    clone.commit()
+    clone.scored(0.98)
+    with pytest.raises(SystemExit, match="use --discard"):
+        ledger.add(clone.folder, "x", "crash")
+
+
+def test_a_final_run_is_one_whatever_it_is_called(clone):
+    start = clone.baseline()
+    (clone.folder / "night.json").write_text(json.dumps({"tag": "test", "until": "3", "commit": start}))
+    clone.scored(1.0, 4)
+    clone.add("on a fresh seed")
+    assert clone.rows()[-1][-1] == "on a fresh seed, final, seed 4"
+
+
 # --------------------------------------
 # What is lost, edited or somebody else's
 
@@ -406,12 +422,16 @@ def test_results_lost_are_rebuilt(clone):
     clone.commit("not judged")
     clone.scored(0.97)
     baseline = clone.rows()[:4]
+    clone.git("checkout", "-q", "--detach", baseline[1][0])
+    clone.scored(1.0, 4)
+    clone.git("checkout", "-q", "autoresearch/test")
     (clone.folder / "results.tsv").unlink()
     assert "results.tsv was lost, and is rebuilt" in clone.status()
     assert clone.rows()[:4] == baseline
     assert clone.tries() == [
         *([kept, "keep", f"deeper; expect +0.01, seed {seed}"] for seed in (1, 2)),
         [tried, "discard", "wider, seed 1"],
+        [baseline[1][0], "keep", "baseline, final, seed 4"],
     ]
     assert clone.next() == adds("not judged") and "lost" not in clone.status()
 

@@ -125,6 +125,7 @@ DROPPED = (B, 0.9, "discard", "x, dropped, seed 1")
 SLOW = dict(slow_steps_percent=30.0)
 RUN, SLOW_RUN = run_of(A, 1, 0.9), run_of(A, 1, 0.9, **SLOW)
 SLOW_SECOND = [run_of(S, 2, 1.1, **SLOW)] * 3
+DISTURBED_ONCE = [job(A, 1, "scored", 1, time="1", val_bpb=1.0, **SLOW), job(A, 1, "scored", 2, time="2")]
 HOME = dict(at=A, until="5")  # at the last keep, at the end
 AWAY = dict(branch="", until="5")  # at the baseline, at the end
 END = "2026-11-28T07:00:00+00:00"
@@ -212,6 +213,11 @@ NIGHTS = {
         "promising",
     ),
     "wave: disturbed": (wave(BASE, [job(A, 1, "scored", **SLOW)]), submits(f"{A}:1"), "again"),
+    "wave: disturbed, then well": (
+        wave([*BASE, (A, 0.9, "discard", "x")], DISTURBED_ONCE),
+        submits(f"{A}:2", f"{A}:3"),
+        "promising",
+    ),
     "wave: lost three times": (wave(BASE, [job(A, 1, "lost", n) for n in (1, 2, 3)]), ADDS, A),
     "wave: an idea on the branch": (wave(BASE, [], A), submits(f"{A}:1"), "a new idea"),
     "wave: no drift": (wave(TRIED, [], A), IDEA, "pruning"),

@@ -90,11 +90,6 @@ AWKWARD = {  # rows, scores, what is printed
     "noise unknown": (["aaaaaaa 1.5 1 keep x", "bbbbbbb 1.4 1 keep y"], [1.5, 1.4], "noise floor unknown"),
     "dollars": (["aaaaaaa 1.5 1 keep costs $5 \\frac $x^"], [1.5], "costs $5"),
     "not a row": (["aaaaaaa 1.5 1 keep x", "no"], [1.5], "results.tsv:3: not a row, fix or delete it: no\n"),
-    "unequal devices of a wave": (
-        ["aaaaaaa 1.5 1 keep x [1 on H100]", "bbbbbbb 1.4 1 keep y [2 on cpu x2]", "ccccccc 1.3 1 keep z [3] on top"],
-        [1.5, 1.4, 1.3],
-        "scores do not compare: H100, cpu x2\n",
-    ),
 }
 
 
