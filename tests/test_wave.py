@@ -84,6 +84,7 @@ def test_names_of_commits(folder):
     with pytest.raises(SystemExit, match="^wave/deeper/train.py has changes, commit them"):
         worktrees.find_commit("deeper", first, known)
     assert worktrees.remove_all() == ["wave/deeper"]
+    assert worktrees.call_git("for-each-ref", "--format=%(objectname)", "refs/tries") == second  # not lost with it
 
 
 def test_what_is_sent(folder):
@@ -190,6 +191,7 @@ def test_a_cluster_has_ports_of_its_own_and_ends(folder, monkeypatch, capsys):
     ports = re.findall(r"port=(\d+)", log.read_text())
     assert len(set(ports)) == len(ports) == 4 and not {"6379", "8265", "10001", "52365"} & set(ports)
     assert urlsplit(begun["address"]).hostname == "127.0.0.1" and str(urlsplit(begun["address"]).port) in ports
+    assert "--dashboard-host=127.0.0.1" in log.read_text()
     assert cluster.begin() == begun and "runs already" in capsys.readouterr().out
 
     # while it does not answer, no second one begins
