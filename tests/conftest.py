@@ -358,7 +358,7 @@ esac
     (tools / "uv").chmod(0o755)
     (tmp_path / "gitconfig").write_text("[user]\nname = Agent\nemail = agent@example.org\n")
     return os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "TORCHDYNAMO_DISABLE": "1",
         "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig"),
         "GIT_CONFIG_NOSYSTEM": "1",

@@ -13,8 +13,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, Agent, new_repository, replace, wait_for, weaken
@@ -101,7 +99,6 @@ class Client(Agent):
 def client(request, prepared, tmp_path, environment):
     sync = '[ "$1" = sync ] && exec mkdir -p "$UV_PROJECT_ENVIRONMENT"'
     replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", rf"\g<0>{sync}\n"))
-    environment["PATH"] += f":{Path(sys.executable).parent}"  # where Ray's jobs find python
     (prepare.HOME / "current").write_text(prepared)
     (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
     client = Client(request.param, new_repository(tmp_path / "clone", environment), tmp_path / "home", environment)

@@ -254,7 +254,6 @@ def agent(environment, prepared, tmp_path):
     pytest.importorskip("ray", reason="needs the dependency group `cluster`")
     (prepare.HOME / "current").write_text(prepared)
     replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC))
-    environment["PATH"] = f"{environment['PATH']}:{Path(sys.executable).parent}"
     environment["RAY_health_check_period_ms"] = "500"  # so that a node that is gone is missed after 3 s, not 15
     environment["http_proxy"] = "http://127.0.0.1:1"  # there is none
     agent = Sender(new_repository(tmp_path / "clone", environment), environment, {})
