@@ -237,10 +237,6 @@ def test_a_push_that_others_come_before_is_sent_again(hub):
     assert re.match(rf"{NOT_REACHED}! .*pre-receive hook declined", ada.hub("say", "hello?"))
 
 
-# --------------------------------------
-# Adopt
-
-
 @pytest.fixture
 def two(hub):
     """Ada, who has shared a good idea, and Bob, who has seen it: both agents and the hash."""
@@ -310,10 +306,6 @@ def test_adopt_refuses(two):
     assert "ahead" in bob.hub() and "next:" not in bob.hub()
     bob.git("checkout", "-q", "train.py")
     bob.hub("adopt", good)
-
-
-# --------------------------------------
-# Joining, and wrong arguments
 
 
 def test_join_refuses(hub):

@@ -42,10 +42,6 @@ def test_lines_that_are_refused(command, capsys):
         assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
-# --------------------------------------
-# What is sent
-
-
 @pytest.fixture
 def folder(tmp_path, environment, monkeypatch):
     """A repository with two commits, and the wave's modules in it."""
@@ -130,9 +126,6 @@ def test_what_is_sent_again(results, attempt):
     assert (bool(reason), number or None) == (attempt is None, attempt)
 
 
-# --------------------------------------
-# How the end of a job is judged
-
 BEGUN = f"Running entrypoint\n{TRAINING} 1 on node\ncommit aaaaaaa, seed 1, local\n"
 RUN = {"commit": "a" * 40, "seed": 1, "val_bpb": 1.25}
 SCORE = BEGUN + RESULT + json.dumps(RUN) + "\n"
@@ -156,9 +149,6 @@ def test_ends(exit_code, log, end):
     if found["state"] == "scored":
         assert found == RUN | {"state": "scored"}
 
-
-# --------------------------------------
-# The cluster
 
 PROXIES = {
     "none": ({}, "10.0.0.5"),
