@@ -117,7 +117,7 @@ def client(request, prepared, tmp_path, environment):
 
 
 def bash(place, line):
-    return {"name": f"{place} {line[:50]}", "bash": line, "timeout": 120_000}
+    return {"name": f"{place} {line[:50]}", "bash": line, "timeout": 600_000}
 
 
 def lines(*steps):

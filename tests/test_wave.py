@@ -84,15 +84,15 @@ def test_names_of_commits(folder):
 
 
 def test_what_is_sent(folder):
-    """One commit with its .git, and nothing that is ignored or new."""
-    first = worktrees.call_git("rev-parse", "HEAD^")
+    """One commit with its .git, not the one before, and nothing that is ignored or new."""
+    commit = worktrees.call_git("rev-parse", "HEAD")
     for name in ("results.tsv", "new.py"):
         (folder / name).write_text("mine")
-    worktrees.store(first)
-    with worktrees.clone(first) as sent:
-        assert worktrees.call_git("-C", sent, "rev-list", "--all", "HEAD") == first
+    worktrees.store(commit)
+    with worktrees.clone(commit) as sent:
+        assert worktrees.call_git("-C", sent, "rev-list", "--all", "HEAD") == commit
         assert worktrees.call_git("-C", sent, "status", "--porcelain", "--ignored") == ""
-        files = worktrees.call_git("ls-tree", "--name-only", first).split()
+        files = worktrees.call_git("ls-tree", "--name-only", commit).split()
         assert sorted(os.listdir(sent)) == sorted([".git", *files])
     assert not Path(sent).exists()
 
@@ -194,11 +194,9 @@ def test_a_cluster_has_ports_of_its_own_and_ends(folder, monkeypatch, capsys):
         cluster.end()
 
     # after a reboot nobody holds the lock, and its pid may be that of another process
-    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as stranger:
-        cluster.CLUSTER.write_text(json.dumps(begun | {"pid": stranger.pid}))
-        cluster.end()
-        assert stranger.poll() is None
-        stranger.kill()
+    monkeypatch.setattr(os, "kill", lambda pid, number: pytest.fail("this process is not ours"))
+    cluster.CLUSTER.write_text(json.dumps(begun))
+    cluster.end()
 
 
 # --------------------------------------
