@@ -1,6 +1,6 @@
 """
-Everything runs in a home of its own, without network; a small `local` benchmark serves all tests that need one. What
-several test modules use is here: texts, a server, a ledger, scripted agents.
+What several test files use: benchmarks, texts, a server, a ledger, scripted agents. Everything runs in a home of its
+own, without network; a small `local` benchmark serves all tests that need one.
 """
 
 import contextlib
@@ -39,8 +39,7 @@ import prepare  # noqa: E402
 from harness import downloads  # noqa: E402
 
 CPU = torch.device("cpu")
-STDLIB = Path(sysconfig.get_path("stdlib"))
-TEXT = [str(STDLIB / package) for package in ("asyncio", "email", "json", "unittest")]
+TEXT = [f"{sysconfig.get_path('stdlib')}/{package}" for package in ("asyncio", "email", "json", "unittest")]
 SMALL = ["--seq-len", "64", "--vocab-size", "512", "--val-rows", "40", "--holdout-rows", "20", "--time-budget", "3"]
 TINY = ["--seq-len", "32", "--vocab-size", "300", "--val-rows", "6", "--holdout-rows", "3", "--time-budget", "1"]
 ONE_SHARD = ["--dataset", "climbmix", "--num-shards", "1", *TINY]
@@ -65,8 +64,8 @@ def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def wait_for(condition, seconds=100):
-    """What the condition returns, as soon as that is true."""
+def wait_for(condition, seconds=300):
+    """What the condition returns, as soon as that is true. A busy machine takes its time."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -131,10 +130,8 @@ def own(benchmark, home):
 
 
 def stories(start, count):
-    return [
-        f"Story {i}: a {'very ' * (i % 7)}small tale of {i * i} words, told on day {i % 31}.\n"
-        for i in range(start, start + count)
-    ]
+    line = "Story {0}: a {1}small tale of {2} words, told on day {3}.\n"
+    return [line.format(i, "very " * (i % 7), i * i, i % 31) for i in range(start, start + count)]
 
 
 @pytest.fixture
@@ -234,9 +231,8 @@ def pytest_collection_modifyitems(items):
 # A ledger and its journal
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-NIGHT = (
-    HEADER
-    + """aaaaaaa\t1.002000\t1.0\tkeep\tbaseline, seed 1
+NIGHT = f"""{HEADER}\
+aaaaaaa\t1.002000\t1.0\tkeep\tbaseline, seed 1
 aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 2
 aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 3
 bbbbbbb\t0.990000\t1.5\tkeep\tdeeper, expected -0.01
@@ -245,7 +241,6 @@ ddddddd\t0.000000\t0.0\tcrash\ta typo
 eeeeeee\t0.989000\t1.0\tdiscard\trate 0.03, expected -0.002
 eeeeeee\t0.987000\t1.0\tkeep\trate 0.03, seed 1
 """
-)
 
 
 def journal_of(ledger, **changes):
@@ -275,15 +270,9 @@ def journal_of(ledger, **changes):
 # --------------------------------------
 # Agents that run the shell lines of documents
 
-
-def shell_blocks(document, names):
-    """The ```sh blocks of a document at the root, by the names that a test gives them, in order."""
-    blocks = re.findall(r"^ *```sh\n(.*?)^ *```$", (ROOT / document).read_text(), re.M | re.S)
-    assert len(blocks) == len(names), f"{document}: a shell block without a test"
-    return dict(zip(names, map(textwrap.dedent, blocks)))
-
-
-PROGRAM = shell_blocks("program.md", ["start", "look", "commit", "run", "add", "reset"])
+BLOCKS = re.findall(r"^ *```sh\n(.*?)^ *```$", (ROOT / "program.md").read_text(), re.M | re.S)
+NAMES = ["start", "look", "commit", "run", "add", "reset"]  # of the blocks: one without a name has no test
+PROGRAM = dict(zip(NAMES, map(textwrap.dedent, BLOCKS), strict=True))
 WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
 UNHURRIED = [  # a busy machine is no failure: small steps, and half of the budget
     (r"^    while clock\.elapsed", "    while 2 * clock.elapsed"),
@@ -317,13 +306,10 @@ class Agent:
 
     def sh(self, name, /, check=True, **words):
         """Run one block; returns what it prints."""
-        process = self.start(name, **words)
+        process = self.start_line(self.line(name, **words))
         output = process.communicate()[0]
         assert process.returncode == 0 or not check, output
         return output
-
-    def start(self, name, /, **words):
-        return self.start_line(self.line(name, **words))
 
     def line(self, name, /, **words):
         """A block with its words filled in."""
@@ -335,23 +321,14 @@ class Agent:
         return line.strip()
 
     def start_line(self, line):
-        return subprocess.Popen(
-            ["bash", "-c", line],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(["bash", "-c", line], cwd=self.folder, env=self.environment, **options)
 
     def run(self, *command):
         return run(*command, cwd=self.folder, **self.environment)
 
     def git(self, *words):
-        command = ["git", *words]
-        return subprocess.run(
-            command, cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True
-        ).stdout
+        return subprocess.check_output(["git", *words], cwd=self.folder, env=self.environment, text=True)
 
     def head(self):
         return self.git("rev-parse", "--short=7", "HEAD").strip()
@@ -381,7 +358,7 @@ esac
     (tools / "uv").chmod(0o755)
     (tmp_path / "gitconfig").write_text("[user]\nname = Agent\nemail = agent@example.org\n")
     return os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "TORCHDYNAMO_DISABLE": "1",
         "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig"),
         "GIT_CONFIG_NOSYSTEM": "1",

@@ -1,6 +1,6 @@
 """
-A wave: one story with real trainings on a real Ray cluster of two nodes, and without Ray what is refused, what is sent
-and how the end of a job is judged.
+Finds what sends, judges or repeats the trainings of a wave wrongly, and clusters that meet or outlive each other: one
+story with real trainings on a real Ray cluster of two nodes, the rest without Ray.
 """
 
 import contextlib
@@ -25,34 +25,21 @@ from harness.journal import SLOW_FLAG, read_journal
 from swarm import cluster, wave, worktrees
 from swarm.job import RESULT, TRAINING, judge
 
-# --------------------------------------
-# What is refused, and what is sent
+WRONG = {
+    "new": ["base", "results", "a/b", ".."],
+    "submit": ["", "base", "base:6", "base:0", "base:1-2", "a/b:1", "base:1 --cpus 0", "base:1 --gpus 1 --cpus 1"],
+    "stop": ["--for"],
+    "collect": ["--wait soon"],
+    "": [""],
+}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "new base",
-        "new results",
-        "new a/b",
-        "new ..",
-        "submit base",
-        "submit base:6",
-        "submit base:0",
-        "submit base:1-2",
-        "submit a/b:1",
-        "submit base:1 --cpus 0",
-        "submit base:1 --gpus 1 --cpus 1",
-        "submit",
-        "stop --for",
-        "collect --wait soon",
-        "",
-    ],
-)
-def test_lines_that_are_refused(line, capsys):
-    with pytest.raises(SystemExit) as error:
-        wave.parse_arguments(line.split())
-    assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+@pytest.mark.parametrize("command", WRONG)
+def test_lines_that_are_refused(command, capsys):
+    for words in WRONG[command]:
+        with pytest.raises(SystemExit) as error:
+            wave.parse_arguments(f"{command} {words}".split())
+        assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.fixture
@@ -74,34 +61,39 @@ def test_names_of_commits(folder):
     first, second = worktrees.call_git("rev-list", "--reverse", "HEAD").split()
     worktrees.add("deeper", second)
     known = [first, second]
-    names = {"base": first, "deeper": second, second[:7]: second, second: second}
-    assert {name: worktrees.find_commit(name, first, known) for name in names} == names
-    for name in ("wider", second[:6], "0123456"):
-        with pytest.raises(SystemExit, match=f"^{name}: no worktree in wave/ and no commit"):
-            worktrees.find_commit(name, first, known)
-    for name, reason in {"wider": "there is no wave/wider", "deeper": "has no changes"}.items():
-        with pytest.raises(SystemExit, match=reason):
-            worktrees.commit(name, "an idea")
-    with pytest.raises(SystemExit, match="^deeper: no worktree"):  # it was moved out of the night
-        worktrees.find_commit("deeper", first, [first])
+    for name, commit in {"base": first, "deeper": second, second[:7]: second, second: second}.items():
+        assert worktrees.find_commit(name, first, known) == commit
+    unknown = ": no worktree in wave/ and no commit"
+    refused = [
+        ("wider" + unknown, worktrees.find_commit, ["wider", first, known]),
+        (second[:6] + unknown, worktrees.find_commit, [second[:6], first, known]),
+        ("0123456" + unknown, worktrees.find_commit, ["0123456", first, known]),
+        ("deeper" + unknown, worktrees.find_commit, ["deeper", first, [first]]),  # it was moved out of the night
+        ("there is no wave/wider", worktrees.commit, ["wider", "an idea"]),
+        ("wave/deeper/train.py has no changes", worktrees.commit, ["deeper", "an idea"]),
+        ("wave/deeper is there", worktrees.new, ["deeper"]),
+    ]
+    for reason, function, arguments in refused:
+        with pytest.raises(SystemExit, match=f"^{reason}"):
+            function(*arguments)
     replace(folder / "wave" / "deeper" / "train.py", (r"\Z", "# not committed\n"))
     with pytest.raises(SystemExit, match="^wave/deeper/train.py has changes, commit them"):
         worktrees.find_commit("deeper", first, known)
     assert worktrees.remove_all() == ["wave/deeper"]
+    assert worktrees.call_git("for-each-ref", "--format=%(objectname)", "refs/tries") == second  # not lost with it
 
 
 def test_what_is_sent(folder):
-    """One commit with its .git, and nothing that is ignored or new."""
-    first, second = worktrees.call_git("rev-list", "--reverse", "HEAD").split()
-    (folder / "results.tsv").write_text("mine")
-    (folder / "new.py").write_text("mine")
-    worktrees.store(first)
-    with worktrees.clone(first) as sent:
-        assert worktrees.call_git("-C", sent, "rev-list", "--all", "HEAD") == first
+    """One commit with its .git, not the one before, and nothing that is ignored or new."""
+    commit = worktrees.call_git("rev-parse", "HEAD")
+    for name in ("results.tsv", "new.py"):
+        (folder / name).write_text("mine")
+    worktrees.store(commit)
+    with worktrees.clone(commit) as sent:
+        assert worktrees.call_git("-C", sent, "rev-list", "--all", "HEAD") == commit
         assert worktrees.call_git("-C", sent, "status", "--porcelain", "--ignored") == ""
-        assert sorted(path.name for path in Path(sent).iterdir()) == sorted(
-            [".git", *worktrees.call_git("ls-tree", "--name-only", first).split()]
-        )
+        files = worktrees.call_git("ls-tree", "--name-only", commit).split()
+        assert sorted(os.listdir(sent)) == sorted([".git", *files])
     assert not Path(sent).exists()
 
 
@@ -113,72 +105,59 @@ def test_the_command_of_a_job():
 
 
 OUT = {"commit": "a" * 40, "seed": 1, "attempt": 1, "state": "out", "job": "night-aaaaaaa-1-1"}
-SCORED = OUT | {"state": "scored", "val_bpb": 1.0}
+LOST, SCORED = OUT | {"state": "lost"}, OUT | {"state": "scored", "val_bpb": 1.0}
+ATTEMPTS = {  # results -> the number of the next attempt, if there is one
+    "first": ([], 1),
+    "out": ([OUT], None),
+    "another seed is out": ([OUT | {"seed": 2}], 1),
+    "another commit is out": ([OUT | {"commit": "b" * 40}], 1),
+    "scored": ([SCORED], None),
+    "scored, hardly disturbed": ([SCORED | {"slow_steps_percent": SLOW_FLAG}], None),
+    "disturbed": ([SCORED | {"slow_steps_percent": SLOW_FLAG + 0.1}], 2),
+    "crash": ([OUT | {"state": "crash"}], None),
+    "lost ten times": ([LOST, LOST | {"attempt": 10}, LOST | {"attempt": 2}], 11),
+    "lost, then out": ([LOST, OUT | {"attempt": 2}], None),
+}
 
 
-@pytest.mark.parametrize(
-    "results, attempt",
-    {
-        "first": ([], 1),
-        "out": ([OUT], None),
-        "another seed is out": ([OUT | {"seed": 2}], 1),
-        "another commit is out": ([OUT | {"commit": "b" * 40}], 1),
-        "scored": ([SCORED], None),
-        "scored, hardly disturbed": ([SCORED | {"slow_steps_percent": SLOW_FLAG}], None),
-        "disturbed": ([SCORED | {"slow_steps_percent": SLOW_FLAG + 0.1}], 2),
-        "crash": ([OUT | {"state": "crash"}], None),
-        "lost": ([OUT | {"state": "lost"}], 2),
-        "lost ten times": ([OUT | {"state": "lost", "attempt": number} for number in (1, 10, 2)], 11),
-        "lost, then out": ([OUT | {"state": "lost"}, OUT | {"attempt": 2}], None),
-    }.values(),
-)
+@pytest.mark.parametrize("results, attempt", ATTEMPTS.values(), ids=ATTEMPTS)
 def test_what_is_sent_again(results, attempt):
     number, reason = wave.next_attempt("a" * 40, 1, results)
-    assert (number if not reason else None) == attempt
+    assert (bool(reason), number or None) == (attempt is None, attempt)
 
-
-# --------------------------------------
-# How the end of a job is judged
 
 BEGUN = f"Running entrypoint\n{TRAINING} 1 on node\ncommit aaaaaaa, seed 1, local\n"
 RUN = {"commit": "a" * 40, "seed": 1, "val_bpb": 1.25}
-LOST = "lost: its "
+SCORE = BEGUN + RESULT + json.dumps(RUN) + "\n"
+ENDS = {  # exit code, log -> state and reason
+    "scored": (0, SCORE, "scored: None"),
+    "scored, then an error": (1, SCORE, "scored: None"),
+    "crash": (1, f"{BEGUN}{RESULT}not it\nSyntaxError: x\n\n", "crash: SyntaxError: x"),
+    "long line": (1, BEGUN + 200 * "x", "crash: " + 160 * "x"),
+    "taken": (1, f"{BEGUN}another training is running (7)\n", "lost: its device was taken: another training is"),
+    "no network": (1, "uv: error: no network\n", "lost: its node was not ready: uv: error: no network"),
+    "no python": (127, "", "lost: its node was not ready: "),
+    "node": (None, "", "lost: its node went: the node died"),
+    "killed": (-9, BEGUN, "lost: its node went: the node died"),
+}
 
 
-@pytest.mark.parametrize(
-    "exit_code, log, end",
-    [
-        pytest.param(0, f"{BEGUN}val_bpb: 1.25\n{RESULT}{json.dumps(RUN)}\n", "scored", id="scored"),
-        pytest.param(1, f"{BEGUN}{RESULT}{json.dumps(RUN)}\n", "scored", id="scored, then an error"),
-        pytest.param(1, f"{BEGUN}{RESULT}not it\nSyntaxError: x\n\n", "crash: SyntaxError: x", id="crash"),
-        pytest.param(1, BEGUN + 200 * "x", "crash: " + 160 * "x", id="long line"),
-        pytest.param(1, BEGUN + "another training is running on cpu (pid 7)\n", LOST + "device was taken", id="taken"),
-        pytest.param(1, "uv: error: no network\n", LOST + "node was not ready: uv: error: no network", id="no network"),
-        pytest.param(127, "", LOST + "node was not ready", id="no python"),
-        pytest.param(None, "", LOST + "node went: the node died", id="node"),
-        pytest.param(-9, BEGUN, LOST + "node went: the node died", id="killed"),
-    ],
-)
+@pytest.mark.parametrize("exit_code, log, end", ENDS.values(), ids=ENDS)
 def test_ends(exit_code, log, end):
     found = judge(exit_code, "the node died\nand more", log)
-    if end == "scored":
+    assert f"{found['state']}: {found.get('reason')}".removesuffix(" running (7)") == end
+    if found["state"] == "scored":
         assert found == RUN | {"state": "scored"}
-    else:
-        assert f"{found['state']}: {found['reason']}".startswith(end)
 
 
-# --------------------------------------
-# The cluster
+PROXIES = {
+    "none": ({}, "10.0.0.5"),
+    "some": ({"NO_PROXY": "a.org"}, "a.org,10.0.0.5"),
+    "lower case goes first": ({"no_proxy": "b.org", "NO_PROXY": "a.org"}, "b.org,10.0.0.5"),
+}
 
 
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        ({}, "10.0.0.5"),
-        ({"NO_PROXY": "a.org"}, "a.org,10.0.0.5"),
-        ({"no_proxy": "b.org", "NO_PROXY": "a.org"}, "b.org,10.0.0.5"),
-    ],
-)
+@pytest.mark.parametrize("before, after", PROXIES.values(), ids=PROXIES)
 def test_requests_take_no_proxy(before, after, monkeypatch):
     environment = {"http_proxy": "http://127.0.0.1:1", **before}
     monkeypatch.setattr(os, "environ", environment)
@@ -202,6 +181,7 @@ def test_a_cluster_has_ports_of_its_own_and_ends(folder, monkeypatch, capsys):
     ports = re.findall(r"port=(\d+)", log.read_text())
     assert len(set(ports)) == len(ports) == 4 and not {"6379", "8265", "10001", "52365"} & set(ports)
     assert urlsplit(begun["address"]).hostname == "127.0.0.1" and str(urlsplit(begun["address"]).port) in ports
+    assert "--dashboard-host=127.0.0.1" in log.read_text()
     assert cluster.begin() == begun and "runs already" in capsys.readouterr().out
 
     # while it does not answer, no second one begins
@@ -213,15 +193,10 @@ def test_a_cluster_has_ports_of_its_own_and_ends(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="^no wave here: uv run --group cluster swarm/wave.py start"):
         cluster.end()
 
-
-def test_a_pid_of_another_process_is_not_ended(folder):
-    """As after a reboot: nobody holds the lock, so the pid means nothing."""
-    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as stranger:
-        state = {"address": "http://127.0.0.1:1", "pid": stranger.pid, "port": 1, "folder": str(folder / "gone")}
-        cluster.CLUSTER.write_text(json.dumps(state))
-        cluster.end()
-        assert stranger.poll() is None
-        stranger.kill()
+    # after a reboot nobody holds the lock, and its pid may be that of another process
+    monkeypatch.setattr(os, "kill", lambda pid, number: pytest.fail("this process is not ours"))
+    cluster.CLUSTER.write_text(json.dumps(begun))
+    cluster.end()
 
 
 # --------------------------------------
@@ -234,6 +209,31 @@ if [ "$1" = sync ]; then
 fi
 """
 WAIT = "while (prepare.HOME / '{}').exists(): time.sleep(0.1)\n"  # until a test removes that file
+SLIP = [(r"^def norm\(x\):", "def norm(x:")]
+GOOD = [
+    *((rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK),
+    (r"^while \(prepare.*\n", ""),
+    (r"^    clock.start\(\)", rf"    print('has the device', flush=True)\n    {WAIT.format('stay')}\g<0>"),
+]
+
+
+class Sender(Agent):
+    def wave(self, *words, code=0):
+        """What `wave.py` prints."""
+        process = self.run("swarm/wave.py", *words)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process.stdout + process.stderr
+
+    def results(self):
+        return {path.stem: json.loads(path.read_text()) for path in self.folder.glob("wave/results/*.json")}
+
+    def collect(self, *jobs):
+        """Collect until none of these is out; all that was printed."""
+        output = ""
+        while not output or any(self.results()[job]["state"] == "out" for job in jobs):
+            assert output.count("next: ") < 10, output
+            output += self.wave("collect", "--wait", "60")
+        return output
 
 
 @pytest.fixture
@@ -242,10 +242,9 @@ def agent(environment, prepared, tmp_path):
     pytest.importorskip("ray", reason="needs the dependency group `cluster`")
     (prepare.HOME / "current").write_text(prepared)
     replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC))
-    environment["PATH"] = f"{environment['PATH']}:{Path(sys.executable).parent}"
     environment["RAY_health_check_period_ms"] = "500"  # so that a node that is gone is missed after 3 s, not 15
     environment["http_proxy"] = "http://127.0.0.1:1"  # there is none
-    agent = Agent(new_repository(tmp_path / "clone", environment), environment, {})
+    agent = Sender(new_repository(tmp_path / "clone", environment), environment, {})
     (agent.folder / "pyproject.toml").write_text("")
     weaken(agent.folder)
     agent.edit(("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py")  # with two trainings any step may be late
@@ -290,27 +289,8 @@ def test_a_wave(agent, second_node, prepared):
     """
     from ray.job_submission import JobSubmissionClient
 
-    def call(*words, code=0):
-        process = agent.run("swarm/wave.py", *words)
-        assert process.returncode == code, process.stdout + process.stderr
-        return process.stdout + process.stderr
-
-    def results():
-        return {
-            path.stem: json.loads(path.read_text()) for path in (agent.folder / "wave" / "results").glob("*-*-*.json")
-        }
-
-    def collect(*jobs):
-        """Collect until none of these is out; all that was printed."""
-        output = ""
-        while not output or any(results()[job]["state"] == "out" for job in jobs):
-            assert output.count("next: ") < 10, output
-            output += call("collect", "--wait", "60")
-        return output
-
     # the first node takes the baseline, the second joins while that waits
-    assert call("submit", "base:1", code=1).startswith("no wave here")
-    begun = call("start")
+    begun = agent.wave("start")
     address = re.search(r"^cluster: (\S+),", begun, re.M)[1]
     client = JobSubmissionClient(address)
     join, folder = second_node
@@ -319,75 +299,63 @@ def test_a_wave(agent, second_node, prepared):
     for file in (prepare.HOME / "hold", home / "hold", home / "stay"):
         file.touch()
     base = f"my-night-{agent.head()}-1-1"
-    assert f"{base} submitted\n" in call("submit", "base:1")
+    assert f"{base} submitted\n" in agent.wave("submit", "base:1")
     wait_for(lambda: client.get_job_status(base).value == "RUNNING")
     second = join(begun)
 
     # two ideas
-    ideas = {
-        "slip": [(r"^def norm\(x\):", "def norm(x:")],
-        "good": [
-            *((rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK),
-            (r"^while \(prepare.*\n", ""),
-            (r"^    clock.start\(\)", rf"    print('has the device', flush=True)\n    {WAIT.format('stay')}\g<0>"),
-        ],
-    }
-    jobs = {}
-    for name, edits in ideas.items():
-        assert f"next: edit wave/{name}/train.py\n" in call("new", name)
+    commits = {}
+    for name, edits in {"slip": SLIP, "good": GOOD}.items():
+        assert f"next: edit wave/{name}/train.py\n" in agent.wave("new", name)
         agent.edit(*edits, file=f"wave/{name}/train.py")
-        assert f"wave/{name}/train.py has changes" in call("submit", "base:2", f"{name}:1", code=1)
-        commit = call("commit", name, f"the {name} one; expect 0")[:7]
-        assert agent.git("log", "-1", "--format=%s", commit) == f"the {name} one; expect 0\n"
-        jobs[name] = f"my-night-{commit}-1"
-    good, slip, taken = f"{jobs['good']}-1", f"{jobs['slip']}-1", f"my-night-{agent.head()}-2-1"
-    assert "wave/good is there" in call("new", "good", code=1)
+        agent.wave("submit", "base:2", f"{name}:1", code=1)  # which is not committed: nothing is sent
+        commits[name] = agent.wave("commit", name, f"the {name} one; expect 0")[:7]
+        assert agent.git("log", "-1", "--format=%s", commits[name]) == f"the {name} one; expect 0\n"
+    good, again, slip = (f"my-night-{commits[name]}-1-{n}" for name, n in (("good", 1), ("good", 2), ("slip", 1)))
+    taken = f"my-night-{agent.head()}-2-1"
     wait_for(lambda: "Ray runtime started" in (folder / "log").read_text())
 
     # three jobs begin at once where neither an environment nor a benchmark is
-    sent = call("submit", "good:1", "slip:1", "base:2", "good:1", "--cpus", "1")
+    sent = agent.wave("submit", "good:1", "slip:1", "base:2", "good:1", "--cpus", "1")
     assert f"{good} submitted\n{slip} submitted\n{taken} submitted\n" in sent
     assert f":1 is out already, as {good}\n" in sent
-    assert "jobs are out, such as" in call("stop", code=1)
-    wait_for(lambda: client.get_job_status(good).value == "RUNNING")
+    assert "jobs are out, such as" in agent.wave("stop", code=1)
     wait_for(lambda: "has the device" in client.get_job_logs(good))
     assert (home / "current").read_text() == prepared
     (home / "hold").unlink()
-    output = collect(slip, taken)
+    output = agent.collect(slip, taken)
     assert f"{slip} crash: SyntaxError: " in output and f"{taken} lost: its device was taken: " in output
     assert f"{good} running\n" in output and "next: uv run ledger.py add --wave\n" in output
 
     # the node goes; meanwhile the baseline runs
     os.killpg(second.pid, signal.SIGKILL)
     (prepare.HOME / "hold").unlink()
-    output = collect(base, good)
-    commit = results()[good]["commit"]
-    again = f"{wave.COMMAND} submit {commit[:7]}:1"
-    assert f"{good} lost: its node went: " in output and f"; send it again: {again}\n" in output
+    output = agent.collect(base, good)
+    pair = f"{commits['good']}:1"
+    assert re.search(rf"^{good} lost: its node went: .*; send it again: {wave.COMMAND} submit {pair}$", output, re.M)
     assert re.search(rf"^{base} scored, val_bpb \d\.\d{{6}}$", output, re.M)
 
     # nothing but that is sent again
-    output = call("submit", f"{commit[:7]}:1", "slip:1", "base:1")
-    assert f"{jobs['good']}-2 submitted\n" in output and output.count(" submitted") == 1
-    assert output.count("has run already") == 2
-    collect(f"{jobs['good']}-2")
+    output = agent.wave("submit", pair, "slip:1", "base:1")
+    assert f"{again} submitted\n" in output and output.count("has run already") == 2
+    agent.collect(again)
 
     # what is known of them is what the node's journal has
-    found = results()
+    found = agent.results()
     runs = {run["commit"]: run for run in read_journal(prepare.HOME / prepared)}
-    for job, attempt in {base: 1, f"{jobs['good']}-2": 2}.items():
+    for job, attempt in {base: 1, again: 2}.items():
         run = runs[found[job]["commit"]]
         assert run["dirty"] is False and run["benchmark"] == prepared and run["seed"] == 1
         assert found[job] == run | {"job": job, "tag": "my-night", "attempt": attempt, "state": "scored"}
         assert "val_bpb: " in (agent.folder / "wave" / "results" / f"{job}.log").read_text()
-    assert {entry.submission_id for entry in client.list_jobs()} == set(found)
+    assert {entry.submission_id for entry in client.list_jobs()} == set(found) == {base, good, again, slip, taken}
 
     # another night may use this cluster, and does not end it
-    guest = Agent(agent.folder.parent / "guest", agent.environment | {"RAY_API_SERVER_ADDRESS": address}, {})
+    guest = Sender(agent.folder.parent / "guest", agent.environment | {"RAY_API_SERVER_ADDRESS": address}, {})
     agent.git("clone", "-q", ".", str(guest.folder))
-    assert f"cluster: {address}, nodes: 1" in guest.run("swarm/wave.py", "start").stdout
-    assert "it goes on" in guest.run("swarm/wave.py", "stop").stdout
-    assert "has ended" in call("stop")
+    assert f"cluster: {address}, nodes: 1" in guest.wave("start")
+    assert "it goes on" in guest.wave("stop")
+    assert "has ended" in agent.wave("stop")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", urlsplit(address).port))
     assert len(agent.git("worktree", "list").splitlines()) == 1

@@ -71,31 +71,32 @@ def text_of(content):
     return content if isinstance(content, str) else "".join(block.get("text", "") for block in content or [])
 
 
+def claude_input(step):
+    """The tool of Claude Code for a step, and its input."""
+    if "edit" in step:
+        return "Edit", dict(zip(("file_path", "old_string", "new_string"), step["edit"], strict=True))
+    if "read" in step:
+        return "Read", {"file_path": step["read"]}
+    return "Bash", {"command": step["bash"], "description": step["name"], "timeout": step.get("timeout", TIMEOUT)}
+
+
 def claude_turn(model, body):
     """Takes the results; returns a message with the next call, and its events. Without tools there is no call."""
     block = {"type": "text", "text": "done"}
+    start, delta = block | {"text": ""}, {"type": "text_delta", "text": "done"}
+    stop = {"stop_reason": "end_turn", "stop_sequence": None}
     if {"Bash", "Edit"} <= {tool["name"] for tool in body.get("tools", [])}:
-        for message in body["messages"]:
-            for part in message["content"] if isinstance(message["content"], list) else []:
-                if part["type"] == "tool_result" and part["tool_use_id"] == model.call:
-                    model.came_back(text_of(part.get("content")), bool(part.get("is_error")))
+        contents = [message["content"] for message in body["messages"] if isinstance(message["content"], list)]
+        for part in sum(contents, []):
+            if part["type"] == "tool_result" and part["tool_use_id"] == model.call:
+                model.came_back(text_of(part.get("content")), bool(part.get("is_error")))
         if step := model.next_step():
-            if "edit" in step:
-                name, given = "Edit", dict(zip(("file_path", "old_string", "new_string"), step["edit"]))
-            elif "read" in step:
-                name, given = "Read", {"file_path": step["read"]}
-            else:
-                given = {"command": step["bash"], "description": step["name"], "timeout": step.get("timeout", TIMEOUT)}
-                name = "Bash"
+            name, given = claude_input(step)
             block = {"type": "tool_use", "id": model.call, "name": name, "input": given}
-    stop = {"stop_reason": "tool_use" if block["type"] == "tool_use" else "end_turn", "stop_sequence": None}
+            start, delta = block | {"input": {}}, {"type": "input_json_delta", "partial_json": json.dumps(given)}
+            stop["stop_reason"] = "tool_use"
     usage = {"input_tokens": 100, "output_tokens": 10}
     message = {"id": "msg", "type": "message", "role": "assistant", "model": body.get("model"), "content": [], **stop}
-    if block["type"] == "tool_use":
-        start = block | {"input": {}}
-        delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
-    else:
-        start, delta = block | {"text": ""}, {"type": "text_delta", "text": block["text"]}
     events = [
         {"type": "message_start", "message": message | {"usage": usage, "stop_reason": None}},
         {"type": "content_block_start", "index": 0, "content_block": start},
@@ -148,6 +149,9 @@ def codex_turn(model, body):
     return answer, events
 
 
+TURNS = {"messages": claude_turn, "responses": codex_turn}  # by the end of the path
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -156,12 +160,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-        path = self.path.split("?")[0]
-        if path.endswith("/messages"):
-            turn = claude_turn
-        elif path.endswith("/responses"):
-            turn = codex_turn
-        else:
+        turn = TURNS.get(self.path.split("?")[0].rpartition("/")[2])
+        if turn is None:
             return self.reply(json.dumps({"input_tokens": 1000}))
         if self.model.is_out:
             error = {"type": "invalid_request_error", "message": "Your credit balance is too low"}
