@@ -16,13 +16,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, ROOT, Function, new_repository, score, uniform
+from conftest import ROOT, Function, new_repository, score, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
 import train
-from harness import journal, runtime
+from harness import journal
 from harness.journal import read_journal
 from harness.probe import Probe
 
@@ -92,7 +92,6 @@ CHANCE = "gives two answers to the same input"
 REFUSED = {  # what is added to the logits, the words of the refusal
     "tiny": (leak(size=1e-2), FUTURE),
     "far ahead": (leak(ahead=20), FUTURE),
-    "mean of the row": (lambda model, x, logits: logits.mean(dim=1, keepdim=True), FUTURE),
     "only in long rows": (leak(lambda x, after: torch.full_like(x, x.size(1) >= 64)), FUTURE),
     "only in odd rows": (leak(lambda x, after: torch.arange(len(x))[:, None].expand_as(x) % 2), FUTURE),
     "only at one place": (leak(lambda x, after: position(x) == 40), FUTURE),
@@ -181,15 +180,6 @@ def test_the_probe_is_not_drawn_from_the_generator_that_train_py_seeds(benchmark
 # Honest models
 
 
-class Averaged(Cheap):
-    """Scored with an average of its weights, which eval() swaps in."""
-
-    def train(self, mode=True):
-        if mode != self.training:
-            self.table *= 1.1 if mode else 1 / 1.1
-        return super().train(mode)
-
-
 def state_space(x):
     """As a convolution by FFT, of twice the length, so that nothing wraps around."""
     T = x.size(1)
@@ -200,7 +190,9 @@ def state_space(x):
 HONEST = {
     "FFT": lambda: nn.Sequential(nn.Embedding(512, 64), Function(state_space), nn.Linear(64, 512)),
     "dropout": lambda: nn.Sequential(Cheap(), nn.Dropout(0.1)),
-    "moving average": Averaged,
+    "running sums in bfloat16": lambda: nn.Sequential(
+        nn.Embedding(512, 64), Function(lambda x: x.cumsum(dim=1)), nn.LayerNorm(64), nn.Linear(64, 512)
+    ).bfloat16(),
     "masked logits": lambda: Cheap(lambda model, x, logits: -1e9 * (torch.arange(512) > BOS)),
 }
 
@@ -209,26 +201,6 @@ HONEST = {
 def test_an_honest_model_is_scored(benchmark, kind):
     torch.manual_seed(0)
     assert 0.5 < score(benchmark, HONEST[kind]()) < 60
-
-
-def unmasked(q, k, v, window):
-    """A thousandth of what attention without a mask gives."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return 1e-3 * F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def test_our_model_in_bfloat16_is_scored_and_with_a_little_unmasked_attention_refused(benchmark, monkeypatch):
-    for name, value in dict(DEPTH=2, MODEL_DIM=64, HEAD_DIM=16, NGRAM_ROWS=256).items():
-        monkeypatch.setattr(train, name, value)
-    attention = train.banded
-    model = train.build_model(benchmark, runtime.Setup(CPU, torch.bfloat16, lambda *inputs: attention(*inputs)))
-    with torch.no_grad():  # something in all of its weights, as after a training
-        for weight in model.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    assert 0.5 < score(benchmark, model) < 60
-    attention = unmasked
-    with pytest.raises(RuntimeError, match=FUTURE):
-        score(benchmark, model)
 
 
 def test_rounding_passes_many_probes(benchmark):
@@ -331,13 +303,16 @@ def test_another_budget_and_easier_rows(own):
 
 def test_what_a_run_does_beside_its_training_is_flagged(own, environment, tmp_path, monkeypatch):
     """
-    An honest run, and one with a harness of its own and a new file, which counts training tokens before the start,
+    Our own train.py, and a run with a harness of its own and a new file, which counts training tokens before the start,
     looks at the holdout and trains a little too long.
     """
     repository = new_repository(tmp_path / "clone", environment)
     monkeypatch.setattr(journal, "ROOT", repository)
-    score(own, uniform())
-    assert journal.flags(read_journal(own.path)[-1]) == []
+    for name, value in dict(COMPILE=False, DEPTH=2, NGRAM_ROWS=256, TOTAL_BATCH_SIZE=512).items():
+        monkeypatch.setattr(train, name, value)
+    train.main()
+    (run,) = read_journal(own.path)
+    assert journal.flags(run) == journal.time_flags(run)  # the machine may be busy
 
     (repository / "prepare.py").write_text("LATE_LIMIT = 9")
     subprocess.run(["git", "commit", "-qam", "mine"], cwd=repository, env=environment, check=True)
@@ -362,7 +337,6 @@ UNFLAGGED = dict(same_harness=True, dirty=False, seed=42, time_budget=60)
     ("values", "flags"),
     [
         (dict(seed=5, gpus=1, training_seconds=61.2, scoring_seconds=17, slow_steps_percent=10), []),
-        (dict(dirty=None), ["uncommitted changes, .py files that git does not know, or no git at all"]),
         (dict(seed=6), ["seed 6, which program.md does not name"]),
         (dict(gpus=2), ["used 2 GPUs"]),
         (dict(training_seconds=61.3), ["trained for 61.3 s, budget 60 s"]),
