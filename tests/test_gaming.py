@@ -5,6 +5,7 @@ logits and unfair runs that are scored, and an audit that is silent or wrong.
 
 import contextlib
 import copy
+import functools
 import math
 import multiprocessing
 import os
@@ -61,11 +62,11 @@ def leak(where=lambda x, after: x >= 0, ahead=1, size=1.0):
     return extra
 
 
-def rounding(model, x, logits):
+def rounding(model, x, logits, least=3e-3):
     """As in bfloat16 on a GPU: other sums when any token of the batch differs, and now and then another expert."""
     generator = torch.Generator().manual_seed(int(x.sum()))
     elsewhere = torch.rand(x.shape, generator=generator) < 1 / 2000
-    return torch.randn(logits.shape, generator=generator) * elsewhere[..., None].float().clamp(min=3e-3)
+    return torch.randn(logits.shape, generator=generator) * elsewhere[..., None].float().clamp(min=least)
 
 
 def joined_in_pairs(model, x, logits):
@@ -74,9 +75,8 @@ def joined_in_pairs(model, x, logits):
 
 
 def scaled_over_the_batch(model, x, logits):
-    """As a dynamic fp8 product does: one scale for all rows, that the largest entry sets."""
-    size = torch.eye(512)[x].cumsum(dim=1)
-    return size * (size[:, -1].amax() / 64)
+    """As a dynamic fp8 product does: one scale for all rows, that every token may change."""
+    return logits * (x.sum() % 7)
 
 
 def remembered(model, x, logits):
@@ -203,10 +203,19 @@ def test_an_honest_model_is_scored(benchmark, kind):
     assert 0.5 < score(benchmark, HONEST[kind]()) < 60
 
 
-def test_rounding_passes_many_probes(benchmark):
-    """Of a mixture of experts in bfloat16, say. (A CPU rounds alike whatever stands beside, so it is made here.)"""
-    for _ in range(15):
-        probe(Cheap(rounding), benchmark.rows("holdout")).run()
+@pytest.mark.parametrize(("batch_size", "least", "most"), [(8, 3e-3, 0), (1, 0.0, 6)])
+def test_rounding_passes_many_probes(benchmark, batch_size, least, most):
+    """
+    Of a mixture of experts in bfloat16, say; made here, for a CPU rounds alike whatever stands beside. In a batch of
+    one, where no other rows tell the noise, 1 of 25 probes refuses it, and 2 of 3 would without another future.
+    """
+    model = Cheap(functools.partial(rounding, least=least))
+    passed = 0
+    for _ in range(20):
+        with contextlib.suppress(RuntimeError):
+            probe(model, benchmark.rows("holdout"), batch_size).run()
+            passed += 1
+    assert 20 - passed <= most
 
 
 # --------------------------------------
