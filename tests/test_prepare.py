@@ -1,4 +1,7 @@
-"""Preparing a benchmark as a user does: local text, downloads from a server of our own, bad input, damaged files."""
+"""
+Preparing a benchmark as a user does. Finds scored text in training, other rows than the reference's, bad input that is
+taken, and damage that is not seen, not mended, or executed.
+"""
 
 import itertools
 import json
@@ -14,9 +17,10 @@ from conftest import ONE_SHARD, TINY, every_byte, parquet, snapshot, stories, st
 
 import prepare
 from harness import packing
+from harness.record import find_damage
 
-# --------------------------------------
-# local
+BOOK = "".join(stories(0, 4000))
+PLENTY = {f"{i}.txt": "".join(stories(1000 * i, 400)) for i in range(12)}
 
 
 def prepare_text(tmp_path, files, *arguments):
@@ -25,45 +29,43 @@ def prepare_text(tmp_path, files, *arguments):
     return prepare.load_benchmark(), every_byte()["counts"]
 
 
+def is_nothing_prepared(home):
+    return not (home / "current").exists() and not list(home.glob("*/benchmark.json"))
+
+
+# --------------------------------------
+# What is built
+
+
 def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
     prepare.main(book)
-    first = prepare.load_benchmark()
-    assert first.id == first.path.name and first.id.startswith("local-T32-V300-1s-")
-    assert (first.max_seq_len, first.vocab_size, first.time_budget, first.seed) == (32, 300, 1, 42)
-    assert first.rows("val").shape == (6, 33) and first.rows("holdout").shape == (3, 33)
-    assert all((first.rows(split)[:, 0] == 300 - 4).all() for split in ("train", "val", "holdout"))  # BOS
-    before = snapshot(first.path)
+    one = prepare.load_benchmark()
+    assert one.id == one.path.name and one.id.startswith("local-T32-V300-1s-")
+    assert (one.max_seq_len, one.vocab_size, one.time_budget, one.seed) == (32, 300, 1, 42)
+    assert one.rows("val").shape == (6, 33) and one.rows("holdout").shape == (3, 33)
+    assert all((one.rows(split)[:, 0] == 300 - 4).all() for split in ("train", "val", "holdout"))  # BOS
+    before = snapshot(one.path)
     capsys.readouterr()
     prepare.main(book)
-    assert "prepared in" not in capsys.readouterr().out and snapshot(first.path) == before
+    assert "prepared in" not in capsys.readouterr().out and snapshot(one.path) == before
     prepare.main([*book, "--time-budget", "2"])
-    second = prepare.load_benchmark()
-    assert first.id != second.id and first.path.exists() and second.time_budget == 2
-    assert (second.path / "train.npy").read_bytes() == before["train.npy"]
+    other = prepare.load_benchmark()
+    assert one.id != other.id and one.path.exists() and other.time_budget == 2
+    assert (other.path / "train.npy").read_bytes() == before["train.npy"]
     assert not [path for path in home.iterdir() if path.name.endswith("tmp") or path.name == ".building"]
 
 
-ODD = {
-    "NUL bytes": "a\0b\0" * 500,
-    "CJK": "日本語のテキスト中文文本한국어" * 200,
-    "one long line": "word " * 30_000,
-    "a million spaces": " " * 1_000_000,
-    "special token": "<|reserved_0|> is plain text " * 100,
-}
-
-
 def test_groups_stay_on_one_side(home, tmp_path, capsys):
-    """Odd text is taken as it is, duplicates go, and what is left out is said."""
-    places = [(group, part) for group in range(12) for part in range(3)]
-    files = {f"g{g}/{part}.md": "".join(stories(900 * g + 300 * part, 300)) for g, part in places}
-    files |= {f"{name}.txt": text for name, text in ODD.items()} | {"g3/copy.txt": files["g0/0.md"]}
-    benchmark, counts = prepare_text(tmp_path, files | {"latin.txt": b"caf\xe9 " * 90})
-    assert counts["documents"] == 36 + len(ODD) and counts["duplicates"] == 1
+    """Duplicates go, and what is left out is said."""
+    files = {f"g{i // 3}/{i}.md": "".join(stories(300 * i, 300)) for i in range(36)}
+    files |= {"g3/copy.txt": files["g0/0.md"], "latin.txt": b"caf\xe9 " * 90}
+    benchmark, counts = prepare_text(tmp_path, files)
+    assert (counts["documents"], counts["duplicates"]) == (36, 1)
     output = capsys.readouterr().out
-    assert f" tokens of {36 + len(ODD)} documents, 1 duplicates\n" in output
+    assert " tokens of 36 documents, 1 duplicates\n" in output
     assert f"skipped: 1 file that is not UTF-8, {tmp_path}/text/latin.txt\n" in output
     numbers = (story_numbers(benchmark, split) for split in ("val", "holdout", "train"))
-    val, holdout, train = ({number // 900 for number in split if number >= 900} for split in numbers)
+    val, holdout, train = ({number // 900 for number in split} for split in numbers)
     assert val and holdout and not val & holdout and not (val | holdout) & train
 
 
@@ -79,79 +81,67 @@ def test_no_scored_row_is_a_training_row(home, tmp_path):
     assert any(row[2:] == beginning for row in scored), "it is in there"
 
 
-@pytest.mark.parametrize("moment", ["train", "write_benchmark"])
-def test_text_that_grows_while_it_is_read(home, tmp_path, monkeypatch, moment):
-    """The build reads it several times: scored text would move into training."""
-    owner = {"train": prepare.Tokenizer, "write_benchmark": prepare}[moment]
-    original = getattr(owner, moment)
-
-    def grow(*arguments):
-        with open(tmp_path / "text" / "3.txt", "a") as file:
-            file.write("more")
-        return original(*arguments)
-
-    monkeypatch.setattr(owner, moment, grow)
-    with pytest.raises(SystemExit, match="3.txt: changed while it was read; run this again"):
-        prepare_text(tmp_path, PLENTY)
-    assert not (home / "current").exists() and not list(home.glob("*/benchmark.json"))
-
-
-PLENTY = {f"{i}.txt": "".join(stories(1000 * i, 400)) for i in range(12)}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("company", [{}, PLENTY], ids=["alone", "among others"])
-def test_a_line_of_200_megabytes(home, tmp_path, company):
-    """Alone it is cut into blocks, among others it is one document; nearly all of its bytes are trained on."""
-    line = ("".join(stories(0, 9000)).replace("\n", " ") * 400)[:200_000_000]
-    benchmark, counts = prepare_text(tmp_path, {"line.txt": line, **company})
-    packed = sum(int(benchmark.token_bytes()[rows].sum()) for rows in np.array_split(benchmark.rows("train"), 50))
-    total = len(line) + sum(map(len, company.values()))
-    assert len(line) == 200_000_000 and 0.99 * total < packed <= total
-    assert counts["documents"] == 13 if company else counts["documents"] > 1000
-
-
 def test_the_tokenizer_never_sees_scored_text(home, tmp_path, monkeypatch):
     """Long groups of long words: the first guess at how much text validation needs is too small."""
-    letters = [[chr(97 + i % 26) for i in range(start, start + 400)] for start in range(300)]
-    files = {f"{i}.txt": " ".join(f"internationalization{x}" for x in word) for i, word in enumerate(letters)}
+    files = {}
+    for start in range(300):
+        files[f"{start}.txt"] = " ".join(f"internationalization{chr(97 + i % 26)}" for i in range(start, start + 400))
     trained_on = []
-    train = prepare.Tokenizer.train.__func__
 
-    def spy(cls, batches, vocab_size):
-        batches = list(batches)
-        trained_on.append({text for batch in batches for text in batch})
-        return train(cls, batches, vocab_size)
+    def spy(batches, vocab_size, train=prepare.Tokenizer.train):
+        trained_on.append(list(batches))
+        return train(trained_on[-1], vocab_size)
 
-    monkeypatch.setattr(prepare.Tokenizer, "train", classmethod(spy))
+    monkeypatch.setattr(prepare.Tokenizer, "train", spy)
     benchmark, _ = prepare_text(tmp_path, files, "--val-rows", "60")
     tokenizer = prepare.Tokenizer.load(benchmark.path)
     assert len(trained_on) > 1
-    texts = [text for batch in prepare.LocalText([tmp_path / "text"]).batches() for text in batch]
-    scored = sum(len(tokenizer.encode(text)) + 1 for text in texts if text not in trained_on[-1])
-    assert scored >= (60 + 3) * 33  # all that was scored was set aside
+    unseen = set(files.values()).difference(*trained_on[-1])
+    assert sum(len(tokenizer.encode(text)) + 1 for text in unseen) >= (60 + 3) * 33  # all that was scored was set aside
 
 
-# --------------------------------------
-# climbmix and tinystories
+def test_text_that_grows_while_it_is_read(home, tmp_path, monkeypatch):
+    """The build reads it several times: scored text would move into training."""
+
+    def grow(*arguments, write=prepare.write_benchmark):
+        with open(tmp_path / "text" / "3.txt", "a") as file:
+            file.write("more")
+        return write(*arguments)
+
+    monkeypatch.setattr(prepare, "write_benchmark", grow)
+    with pytest.raises(SystemExit, match="3.txt: changed while it was read; run this again"):
+        prepare_text(tmp_path, PLENTY)
+    assert is_nothing_prepared(home)
 
 
-def test_climbmix(hub):
+@pytest.mark.long
+def test_a_line_of_200_megabytes(home, tmp_path):
+    """Among other files it is one document; nearly all of its bytes are trained on."""
+    line = ("".join(stories(0, 9000)).replace("\n", " ") * 400)[:200_000_000]
+    benchmark, counts = prepare_text(tmp_path, {"line.txt": line, **PLENTY})
+    packed = sum(int(benchmark.token_bytes()[rows].sum()) for rows in np.array_split(benchmark.rows("train"), 50))
+    total = len(line) + sum(map(len, PLENTY.values()))
+    assert counts["documents"] == 13 and 0.99 * total < packed <= total
+
+
+def test_climbmix(hub, monkeypatch):
+    """Its scored rows are those of the reference: documents enter 128 at a time, never across a row group of 200."""
     for shard in (1, 2):
         hub.files[f"shard_{shard:05}.parquet"] = parquet(stories(1000 * shard, 900))
-    first = 10 * prepare.VALIDATION_SHARD
+    validation = 10 * prepare.VALIDATION_SHARD
+    monkeypatch.setattr(packing, "PACKING_BUFFER", 100)
     prepare.main([*ONE_SHARD, "--num-shards", "3"])
     benchmark = prepare.load_benchmark()
     tokenizer = prepare.Tokenizer.load(benchmark.path)
-    groups = [stories(first, 900)[i : i + 200] for i in range(0, 900, 200)]
-    held_out = [[tokenizer.encode(t) for t in g[i : i + 128]] for g in groups for i in range(0, len(g), 128)]
-    expected = list(itertools.islice(packing.pack(held_out, 33, tokenizer.bos_id, split=False), 9))
+    tokens = [tokenizer.encode(text) for text in stories(validation, 900)]
+    borders = [0, 128, 200, 328, 400, 528, 600, 728, 800, 900]
+    batches = [tokens[start:end] for start, end in itertools.pairwise(borders)]
+    expected = list(itertools.islice(packing.pack(batches, 33, tokenizer.bos_id, split=False), 9))
     assert np.array_equal(benchmark.rows("val"), expected[:6])
     assert np.array_equal(benchmark.rows("holdout"), expected[6:])  # the same stream goes on
-    assert max(story_numbers(benchmark, "train")) < first
-    asked = len(hub.seen)
+    assert max(story_numbers(benchmark, "train")) < validation
     prepare.main([*ONE_SHARD, "--num-shards", "3", "--vocab-size", "280"])
-    assert len(hub.seen) == asked == 4  # every file was fetched once
+    assert len(hub.seen) == 4  # every file was fetched once
 
 
 def test_tinystories(hub):
@@ -161,34 +151,8 @@ def test_tinystories(hub):
     assert max(val) < min(holdout) and max(holdout) < min(train) and max(train) == 2999
 
 
-# --------------------------------------
-# Bad input: one line, a non-zero exit code, nothing that a later run would take for whole
-
-
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--dataset", "wikipedia"],
-        ["--seq-len", "0"],
-        ["--time-budget", "0"],
-        ["--time-budget", "nan"],
-        ["--vocab-size", "70000"],
-        ["--val-rows", "-1"],
-        ["--num-shards", "9999"],
-        ["--dataset", "local", "--num-shards", "3"],
-        ["--dataset", "tinystories", "--text", "a.txt"],
-        ["--bogus"],
-    ],
-)
-def test_bad_arguments(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        prepare.parse_arguments(arguments)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and arguments[-2 if len(arguments) == 2 else 0][2:] in lines[0]
-
-
-@pytest.mark.parametrize(
-    ("memory", "capability", "said"),
+    ("memory", "capability", "words"),
     [
         (0, (0, 0), "benchmark: local, because no CUDA here; choose"),
         (16 << 30, (7, 5), "benchmark: tinystories, because the GPU has 16 GiB; choose"),
@@ -196,7 +160,7 @@ def test_bad_arguments(arguments, capsys):
         (32 << 30, (7, 0), "no code for a V100: take a wheel"),
     ],
 )
-def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capability, said):
+def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capability, words):
     major, minor = capability
     gpu = types.SimpleNamespace(total_memory=memory, major=major, minor=minor, name="V100")
     monkeypatch.setattr(prepare.torch.cuda, "is_available", lambda: memory > 0)
@@ -207,7 +171,33 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
     monkeypatch.setattr(prepare, "fetch", lambda folder, dataset, names: sys.exit())
     with pytest.raises(SystemExit) as stop:
         prepare.main([])
-    assert said in f"{capsys.readouterr().out} {stop.value.code}"
+    assert words in f"{capsys.readouterr().out} {stop.value.code}"
+
+
+# --------------------------------------
+# Bad input: one line, a non-zero exit code, nothing that a later run would take for whole
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--dataset wikipedia",
+        "--seq-len 0",
+        "--time-budget 0",
+        "--time-budget nan",
+        "--vocab-size 70000",
+        "--val-rows -1",
+        "--num-shards 9999",
+        "--num-shards 3 --dataset local",
+        "--text a.txt --dataset tinystories",
+        "--bogus",
+    ],
+)
+def test_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare.parse_arguments(arguments.split())
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and arguments.split()[0] in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -215,16 +205,16 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
     [
         ({}, [], "no such file or folder"),
         ({"a.txt": "short", "b.txt": b"\xe9"}, [], "too small: .*; skipped: 1 file that is not UTF-8, .*b.txt"),
-        ({"a.txt": "short"}, [], "too small"),
-        ({"a.txt": "".join(stories(0, 4000))}, ["--vocab-size", "60000"], "supports .* at most"),
-        ({"a.txt": "".join(stories(0, 900))}, ["--val-rows", "9000"], "too small"),
+        ({"a.txt": BOOK}, ["--vocab-size", "60000"], "supports .* at most"),
+        ({"a.txt": BOOK}, ["--val-rows", "9000"], "too small"),
     ],
+    ids=["none", "short", "few words", "many rows"],
 )
 def test_bad_text(home, tmp_path, text, arguments, message):
     with pytest.raises(SystemExit, match=message) as stop:
         prepare_text(tmp_path, text, *arguments)
     assert len(str(stop.value).splitlines()) == 1
-    assert not (home / "current").exists() and not list(home.glob("*/benchmark.json"))
+    assert is_nothing_prepared(home)
 
 
 def test_no_benchmark(home):
@@ -243,31 +233,44 @@ def test_seed_must_be_a_number(benchmark, monkeypatch):
 # --------------------------------------
 # Damage
 
+FILES = ["benchmark.json", "holdout.npy", "token_bytes.npy", "tokenizer.tiktoken", "train.npy", "val.npy"]
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "edited"])
-def test_damage_is_found_and_fixed(home, book, damage):
-    """In any file; only a training row that was flipped is left to the command that prepares."""
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_found_and_fixed(home, book, name, damage):
+    """Only a training row that was flipped is left to the command that prepares."""
     prepare.main(book)
     path = prepare.load_benchmark().path
     whole = snapshot(path)
-    easier = whole["benchmark.json"].replace(b'"val_rows": 6', b'"val_rows": 5')
-    for name in ("benchmark.json",) if damage == "edited" else whole:
-        content = whole[name]
-        flipped = content[:-1] + bytes([content[-1] ^ 1])
-        if damage == "missing":
-            (path / name).unlink()
-        else:
-            (path / name).write_bytes({"truncated": content[:-2], "flipped": flipped, "edited": easier}[damage])
-        if (name, damage) != ("train.npy", "flipped"):
-            words = f"{name} is missing or modified; run .*prepare.py.*fixes it|no benchmark prepared"
-            with pytest.raises(SystemExit, match=words) as stop:
-                prepare.load_benchmark()
-            assert name == "benchmark.json" or prepare.shlex.join(book) in str(stop.value)
-        if name in ("benchmark.json", "train.npy"):
-            prepare.main(book)
-            after = snapshot(prepare.load_benchmark().path)
-            assert after.pop("benchmark.json") and after.items() <= whole.items()
-        (path / name).write_bytes(content)
+    assert sorted(whole) == FILES
+    content = whole[name]
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    (path / name).write_bytes({"missing": b"", "truncated": content[:-2], "flipped": flipped}[damage])
+    if damage == "missing":
+        (path / name).unlink()
+    if (name, damage) != ("train.npy", "flipped"):
+        with pytest.raises(SystemExit, match=f"{name} is missing or modified; run .*prepare.py.*fixes it") as stop:
+            prepare.load_benchmark()
+        assert name == "benchmark.json" or prepare.shlex.join(book) in str(stop.value)
+    prepare.main(book)
+    after = snapshot(prepare.load_benchmark().path)
+    del after["benchmark.json"], whole["benchmark.json"]  # it has the time
+    assert after == whole
+
+
+def test_an_easier_benchmark_of_the_same_name(own):
+    path = own.path / "benchmark.json"
+    path.write_text(path.read_text().replace('"val_rows": 40', '"val_rows": 39'))
+    with pytest.raises(SystemExit, match="benchmark.json is missing or modified"):
+        prepare.load_benchmark()
+
+
+def test_a_benchmark_outside_of_the_home(own, tmp_path):
+    shutil.move(own.path, tmp_path)
+    (prepare.HOME / "current").write_text(f"../{own.id}")
+    with pytest.raises(SystemExit, match="benchmark.json is missing or modified"):
+        prepare.load_benchmark()
 
 
 class Bomb:
@@ -275,26 +278,27 @@ class Bomb:
         return (os.mkdir, ("exploded",))
 
 
-@pytest.mark.parametrize("weapon", ["pickle", "object array", "path", "current"])
-def test_a_hostile_benchmark_executes_nothing(own, tmp_path, monkeypatch, weapon):
-    """Its hashes and its id are right: only what it holds is not."""
+def test_hostile_files_execute_nothing(own, tmp_path, monkeypatch):
+    """The hashes and the id are right: only what the files hold is not."""
     monkeypatch.chdir(tmp_path)
-    folder = shutil.move(own.path, prepare.HOME / "hostile")
-    record = json.loads((folder / "benchmark.json").read_text())
-    if weapon == "pickle":
-        (folder / "train.npy").write_bytes(pickle.dumps(Bomb()))
-    elif weapon == "object array":
-        np.save(folder / "val.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
-    elif weapon == "path":
-        (prepare.HOME / "secret.npy").write_bytes(b"x")
-        record["files"]["../secret.npy"] = {}
+    (own.path / "train.npy").write_bytes(pickle.dumps(Bomb()))
+    np.save(own.path / "val.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    record = json.loads((own.path / "benchmark.json").read_text())
     for name, file in record["files"].items():
-        file["bytes"], file["sha256"] = (folder / name).stat().st_size, prepare.sha256(folder / name)
+        file["bytes"], file["sha256"] = (own.path / name).stat().st_size, prepare.sha256(own.path / name)
     record["id"] = prepare.benchmark_id(record)
-    (folder / "benchmark.json").write_text(json.dumps(record))
-    folder.rename((tmp_path if weapon == "current" else prepare.HOME) / record["id"])
-    (prepare.HOME / "current").write_text("../" * (weapon == "current") + record["id"])
-    with pytest.raises((SystemExit, ValueError)):
-        benchmark = prepare.load_benchmark()
-        print(benchmark.rows("val"), benchmark.rows("train"))
+    (own.path / "benchmark.json").write_text(json.dumps(record))
+    own.path.rename(prepare.HOME / record["id"])
+    (prepare.HOME / "current").write_text(record["id"])
+    benchmark = prepare.load_benchmark()
+    for split in ("val", "train"):
+        with pytest.raises(ValueError, match="pickle|Python objects"):
+            benchmark.rows(split)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_no_other_file_is_read(own):
+    record = json.loads((own.path / "benchmark.json").read_text())
+    record["files"]["../secret.npy"] = {}
+    record["id"] = prepare.benchmark_id(record)
+    assert find_damage(own.path.with_name(record["id"]), record, every_byte=True) == "benchmark.json"
