@@ -531,22 +531,17 @@ def test_a_graph_break_is_named(capsys):
 def test_a_run_that_had_to_fall_back_says_so(benchmark, counted, monkeypatch, capfd):
     """No compiler, and half the rows: a line each, and keys of the summary."""
 
-    def failing(function, disable=False, **options):
-        if not disable:
-            raise RuntimeError("no such instruction\nmore lines")
-        return function
-
     def forward(self, inputs, targets=None, forward=train.GPT.forward):
         if len(inputs) > 16:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, inputs, targets)
 
     set_constants(monkeypatch, DEVICE_BATCH_SIZE=4096, DEPTH=2, COMPILE=True)
-    monkeypatch.setattr(torch, "compile", failing)
+    monkeypatch.setattr(runtime, "why_not_compiled", lambda device: "no g++")
     monkeypatch.setattr(train.GPT, "forward", forward)
     summary = train.main()
     out = capfd.readouterr().out
-    assert "COMPILE: torch.compile does not work, going on without (no such instruction)\n" in out
+    assert "COMPILE: torch.compile does not work, going on without (no g++)\n" in out
     assert "32 rows do not fit in memory, trying 16" in out
     assert (summary["compiled"], summary["attention"]) == (False, "banded")
     assert summary["batch"] == "2,048 tokens in 2 x 16 rows" and 0 < float(summary["val_bpb"]) < 6
