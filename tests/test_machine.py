@@ -40,17 +40,13 @@ def test_a_home_that_is_not_there(named, before, words):
     assert words in result.stderr and "set AUTORESEARCH_HOME to a folder on a local disk" in result.stderr
 
 
-def test_a_user_without_a_name():
-    """As with docker --user: torch asks for the name when it compiles, and would go on without compiling."""
-    code = "\nimport prepare\nfrom torch._inductor.runtime.cache_dir_utils import default_cache_dir as folder"
-    result = run("-c", f"{NOBODY}{code}\nprint(folder())")
-    assert result.stdout.strip().endswith("torchinductor_nobody"), result.stderr
-
-
 def test_to_import_prepare_does_nothing(tmp_path):
-    """No file, no thread; torch finds the folder for what it compiles when it is imported."""
+    """
+    No file, no thread. torch finds the folder for what it compiles when it is imported, and a name where the user has
+    none, as with docker --user: it asks when it compiles, and would go on without compiling.
+    """
     code = """
-import os, sys, threading
+import sys, threading
 os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 
 class Finder:
@@ -61,10 +57,14 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 import prepare, torch
 assert threading.active_count() == 1 and not torch.cuda.is_initialized()
+assert not os.path.exists(os.environ["AUTORESEARCH_HOME"])
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+print(default_cache_dir())
 """
-    result = run("-c", code, AUTORESEARCH_HOME=str(tmp_path / "home"))
-    assert result.stdout == f"{tmp_path}/home/compiled\n", result.stderr
-    assert not list(tmp_path.iterdir())
+    result = run("-c", NOBODY + code, AUTORESEARCH_HOME=str(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    compiled, default = result.stdout.splitlines()
+    assert compiled == f"{tmp_path}/home/compiled" and default.endswith("torchinductor_nobody")
 
 
 COMPILED = """
@@ -92,23 +92,17 @@ def test_torch_compiles_in_a_path_with_a_space_and_tries_nothing(tmp_path, envir
     assert "CUDA_HOME" not in result.stderr and not list(home.glob("compiled"))
 
 
-@pytest.fixture
-def no_locks(monkeypatch):
-    """Switches to a file system without them."""
+def test_a_file_system_without_locks(own, book, monkeypatch):
+    """Nothing begins, and a score is not lost."""
 
     def flock(file, operation):
         if operation != fcntl.LOCK_UN:
             raise OSError(errno.ENOLCK, "No locks available")
 
-    return lambda: monkeypatch.setattr(fcntl, "flock", flock)
-
-
-def test_a_file_system_without_locks(own, book, no_locks):
-    """Nothing begins, and a score is not lost."""
     clock = prepare.TrainingClock(own, "cpu")
     clock.start()
     clock.stop()
-    no_locks()
+    monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(SystemExit, match=r"^scored, val_bpb \d.*, but not recorded: .*set AUTORESEARCH_HOME"):
         prepare.evaluate_bpb(uniform(), own, 8, clock)
     with pytest.raises(SystemExit, match="No locks available: .* set AUTORESEARCH_HOME to a folder on a local disk"):

@@ -3,9 +3,11 @@ Finds a loader that skips or repeats rows, a clock that gives seconds away, a sc
 journal that loses runs or what they were.
 """
 
+import hashlib
 import itertools
 import math
 import subprocess
+import sys
 import threading
 import types
 
@@ -278,7 +280,10 @@ def test_what_is_run_is_told_by_commit_dirt_and_hash(tmp_path, monkeypatch):
     git("commit", "-qm", "threads")
     commit = git("rev-parse", "HEAD")
     (folder / "untracked").write_text("")
-    assert journal.find_origin()["commit"] == commit and journal.find_origin()["dirty"] is False
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(folder / "train.py"))
+    origin = journal.find_origin()
+    assert (origin["commit"], origin["dirty"], origin["script"]) == (commit, False, "train.py")
+    assert origin["train_sha256"] == hashlib.sha256(b"import threading\n").hexdigest()
     (folder / "train.py").write_text("pass\n")
     assert journal.find_origin()["dirty"] is True
     assert journal.suspects_of_commit(commit) == ["train.py:1 starts threads or processes: import threading"]
