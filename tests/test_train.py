@@ -98,12 +98,70 @@ assert model.flops_per_token(1024) == 6 * matrices + 12 * 640 * (7 * 256 + 2 * 1
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_logits_and_loss_agree(choices):
-    model, inputs, targets = build()
+def naive_attention(q, k, v, window):
+    """Every score, one mask."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.size(-1))
+    distance = torch.arange(q.size(1))[:, None] - torch.arange(q.size(1))
+    scores = scores.masked_fill((distance < 0) | (distance > window), -math.inf)
+    return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v)
+
+
+def rotated(x):
+    """Rotary embeddings of x [B, T, H, K]: a pair of channels is a complex number, which its position turns."""
+    half = x.size(-1) // 2
+    angles = torch.outer(torch.arange(x.size(1)), train.ROPE_BASE ** -(torch.arange(half) / half))
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles)[:, None]
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def before(x):
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def naive_likelihoods(model, inputs):
+    """The model in plain lines: of each token of the vocabulary, [B, T, V]."""
+    heads = (*inputs.shape, -1, train.HEAD_DIM)
+    x = x0 = train.norm(model.embed.wte(inputs) + model.ngrams(train.hash_ngrams(inputs)).flatten(2))
+    for block, window, r, z in zip(model.blocks, model.windows, model.resid_lambdas, model.x0_lambdas):
+        x = r * x + z * x0
+
+        # Half of the heads have keys of the token before; some values an embedding of their token, gated per head
+        attention, h = block.attention, train.norm(x)
+        h = h + block.smear_gates[0] * before(h)
+        q, k, v = (layer(h).view(heads) for layer in (attention.query, attention.key, attention.value))
+        k = torch.cat([before(k)[:, :, : k.size(2) // 2], k[:, :, k.size(2) // 2 :]], dim=2)
+        if attention.value_embeds is not None:
+            gates = 2 * torch.sigmoid(attention.ve_gate(h[..., : train.GATE_CHANNELS]))
+            v = v + gates[..., None] * attention.value_embeds(inputs).view(heads)
+        y = naive_attention(rotated(train.norm(q)), rotated(train.norm(k)), v, window)
+        x = x + attention.out(y.flatten(2))
+
+        h = train.norm(x)
+        x = x + block.mlp.down(block.mlp.up(h + block.smear_gates[1] * before(h)).relu() ** 2)
+
+    x, pointer, cap = train.norm(x), model.head.pointer, train.LOGIT_CAP or 1e6
+    drawn = (cap * torch.tanh(model.head.lm_head(x) / cap)).softmax(dim=-1)
+    if pointer is None:
+        return drawn
+
+    # Copied from the row, the likelier, the more the state before a token has in common with the present one
+    states = train.norm(pointer.state(x))
+    scores = train.POINTER_SCALE * states @ before(states).mT / math.sqrt(train.MODEL_DIM)
+    scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -math.inf)
+    share = torch.sigmoid(pointer.gate(x) + scores.logsumexp(dim=-1, keepdim=True) + train.POINTER_ODDS)
+    copied = scores.softmax(dim=-1) @ F.one_hot(inputs, drawn.size(-1)).float()
+    return (1 - share) * drawn + share * copied
+
+
+def test_logits_and_loss_are_those_of_plain_lines(choices, monkeypatch):
+    set_constants(monkeypatch, POINTER_ODDS=-3.0)
+    model, inputs, targets = build(vocab_size=20)
     awaken(model)
+    model.head.lm_head.weight.data *= 1000  # so that tokens differ
     logits = model(inputs)
-    assert logits.shape == (3, 64, 512) and logits.dtype == torch.float32
-    assert logits.abs().max() < (train.LOGIT_CAP or math.inf)
+    assert logits.shape == (3, 64, 20) and logits.dtype == torch.float32
+    assert torch.allclose(logits.softmax(dim=-1), naive_likelihoods(model, inputs), atol=1e-5)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss = model(inputs, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -127,48 +185,6 @@ def test_gradients_of_the_compiled_head_are_right_in_bfloat16(monkeypatch, quick
         assert (ours - exact).norm() < 0.05 * exact.norm()
 
 
-def test_a_token_is_drawn_by_the_head_or_copied_from_the_row(monkeypatch):
-    """Copied the likelier, the more the state before it has in common with the present one."""
-    set_constants(monkeypatch, POINTER_ODDS=-3.0)
-    model, inputs, _ = build(vocab_size=20)
-    awaken(model)
-    lm_head, pointer = model.head.lm_head, model.head.pointer
-    x = train.norm(torch.randn(3, 64, 64))
-    likelihoods = model.head(x, inputs).exp()
-    states = train.norm(pointer.state(x))
-    for row, t in ((0, 0), (0, 5), (1, 40), (2, 63)):
-        before = torch.cat([torch.zeros(1, 64), states[row, :t]])
-        scores = train.POINTER_SCALE * before @ states[row, t] / math.sqrt(64)
-        share = torch.sigmoid(pointer.gate(x[row, t]) + scores.logsumexp(dim=0) - 3.0)
-        copied = torch.zeros(20).index_add(0, inputs[row, : t + 1], scores.softmax(dim=0))
-        drawn = lm_head(x[row, t]).softmax(dim=0)
-        assert torch.allclose(likelihoods[row, t], (1 - share) * drawn + share * copied, atol=1e-6)
-
-
-def test_smear_adds_a_share_of_the_token_before():
-    x, gates = torch.randn(2, 7, 64), torch.randn(64)
-    y = train.smear(x, gates)
-    assert torch.equal(y[:, 0], x[:, 0])
-    assert torch.allclose(y[:, 1:], x[:, 1:] + gates * x[:, :-1])
-
-
-def test_keys_and_values_of_a_layer():
-    """Half of the heads have keys of the token before; values have an embedding of their token, gated per head."""
-    model, inputs, _ = build()
-    cos_sin, x, parts = (model.cos, model.sin), torch.randn(3, 64, 64), []
-    attention = train.Attention(0, 64, lambda q, k, v, window: parts.extend((k, v)) or v, 512)
-    awaken(attention)
-    attention(x, inputs, cos_sin)
-    keys, values = parts
-    for head, tokens in enumerate((train.shift(x), x)):
-        expected = train.norm(attention.key(tokens).view(values.shape))
-        expected = train.apply_rotary_emb(expected, *cos_sin)
-        assert torch.allclose(keys[:, :, head], expected[:, :, head], atol=1e-5)
-    gates = 2 * torch.sigmoid(attention.ve_gate(x[..., : train.GATE_CHANNELS]))
-    gated = gates.repeat_interleave(train.HEAD_DIM, dim=-1) * attention.value_embeds(inputs)
-    assert torch.allclose(values.flatten(2), attention.value(x) + gated, atol=1e-5)
-
-
 @pytest.mark.parametrize("n", [2, 3])
 def test_ngrams_are_of_a_token_and_those_before(n):
     ids = torch.randint(4096, (4, 50))
@@ -180,25 +196,6 @@ def test_ngrams_are_of_a_token_and_those_before(n):
         other[:, 20 - back] += 1
         changed = train.hash_ngrams(other)[:, 20, n - 2] != rows[:, 20]
         assert (changed == (back < n)).all()
-
-
-def test_rotation_keeps_lengths_and_depends_on_distance():
-    model, vectors = build()[0], torch.randn(2, 32)
-    q, k = (train.apply_rotary_emb(x.expand(1, 64, 1, 32), model.cos, model.sin)[0, :, 0] for x in vectors)
-    assert torch.allclose(q.norm(dim=-1), vectors[0].norm(), atol=1e-5)
-    scores = (q @ k.T).detach()
-    for distance in (0, 3, 20):
-        assert torch.allclose(scores.diagonal(-distance), scores[distance, 0], atol=1e-4)
-    assert not torch.allclose(scores[3, 0], scores[0, 0], atol=1e-2)
-
-
-def naive_attention(q, k, v, window):
-    """Every score, one mask."""
-    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
-    scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.size(-1))
-    distance = torch.arange(q.size(1))[:, None] - torch.arange(q.size(1))
-    scores = scores.masked_fill((distance < 0) | (distance > window), -math.inf)
-    return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 0.012)])  # scores are float32
