@@ -182,7 +182,7 @@ def test_a_run_that_was_scored_does_not_end_itself(own, monkeypatch):
 def brute_force(model, benchmark, split):
     """Bits per byte of the text that the targets stand for, token by token, in float64."""
     tokenizer = prepare.Tokenizer.load(benchmark.path)
-    bits = total = 0
+    bits, total = 0, 0
     for row in np.array(benchmark.rows(split)).astype(np.int64):
         log_probs = torch.log_softmax(model(torch.from_numpy(row[None, :-1])).double(), dim=-1)[0]
         for position, target in enumerate(row[1:].tolist()):
@@ -234,7 +234,8 @@ def test_journal_and_best(own, capsys):
             clock.tick()
         clock.stop()
         scores.append(prepare.evaluate_bpb(Bigram(512, spread), own, 8, clock))
-        path.write_text(path.read_text() + '{"val_bpb": 1.0, "see' * (spread == 0.1))
+        if spread == 0.1:
+            path.write_text(path.read_text() + '{"val_bpb": 1.0, "see')
     runs = read_journal(own.path)
     assert "skipped, the line is incomplete" in capsys.readouterr().out
     assert [run["val_bpb"] for run in runs] == scores and scores[1] == min(scores)
