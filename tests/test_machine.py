@@ -84,6 +84,7 @@ def test_torch_compiles_in_a_path_with_a_space_and_tries_nothing(tmp_path, envir
     home = tmp_path / "a b"
     home.mkdir()
     (home / ".venv").symlink_to(sys.prefix)
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     environment |= {"AUTORESEARCH_HOME": str(home), "CUDA_HOME": str(tmp_path), "TORCHDYNAMO_DISABLE": "0"}
     command = [home / ".venv" / "bin" / "python", "-c", COMPILED]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
