@@ -68,9 +68,9 @@ print(default_cache_dir())
 
 
 COMPILED = """
+import prepare, torch
 import torch._inductor.cpu_vec_isa as instructions
 instructions.VecISA.check_build = lambda *arguments: print("tried") or True
-import prepare, torch
 print(torch.__file__, prepare.runtime.set_up(torch.device("cpu"), None, 32, 1, True).compiled)
 """
 
