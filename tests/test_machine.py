@@ -1,19 +1,23 @@
-"""What a machine may be like: homes, users, cores, and file systems without locks."""
+"""
+Finds what fails on an unusual machine: homes, users, cores, paths with spaces, file systems without locks; and imports
+that do more than import.
+"""
 
 import errno
 import fcntl
 import os
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, run, score, uniform
+from conftest import CPU, ROOT, run, start, uniform
 
 import prepare
-from harness import journal, machine
+from harness import machine
 
 NOBODY = """
 import os, pwd
@@ -36,19 +40,14 @@ def test_a_home_that_is_not_there(named, before, words):
     assert words in result.stderr and "set AUTORESEARCH_HOME to a folder on a local disk" in result.stderr
 
 
-def test_a_user_without_a_name(tmp_path):
-    """As with docker --user: torch asks for the name when it compiles, and would go on without compiling."""
-    code = "\nimport prepare\nfrom torch._inductor.runtime.cache_dir_utils import default_cache_dir as folder"
-    result = run("-c", f"{NOBODY}{code}\nprint(folder())")
-    assert result.stdout.strip().endswith("torchinductor_nobody"), result.stderr
-
-
 def test_to_import_prepare_does_nothing(tmp_path):
-    """No file, no thread, no hook; torch finds the folder for what it compiles when it is imported."""
+    """
+    No file, no thread. torch finds the folder for what it compiles when it is imported, and a name where the user has
+    none, as with docker --user: it asks when it compiles, and would go on without compiling.
+    """
     code = """
-import os, sys, threading
-sys.addaudithook = None
-del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+import sys, threading
+os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 
 class Finder:
     def find_spec(name, path, target=None):
@@ -58,51 +57,78 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 import prepare, torch
 assert threading.active_count() == 1 and not torch.cuda.is_initialized()
+assert not os.path.exists(os.environ["AUTORESEARCH_HOME"])
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+print(default_cache_dir())
 """
-    result = run("-c", code, AUTORESEARCH_HOME=str(tmp_path / "home"))
-    assert result.stdout == f"{tmp_path}/home/compiled\n", result.stderr
-    assert not list(tmp_path.iterdir())
+    result = run("-c", NOBODY + code, AUTORESEARCH_HOME=str(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    compiled, default = result.stdout.splitlines()
+    assert compiled == f"{tmp_path}/home/compiled" and default.endswith("torchinductor_nobody")
 
 
-def no_locks(monkeypatch):
+COMPILED = """
+import prepare, torch
+import torch._inductor.cpu_vec_isa as instructions
+instructions.VecISA.check_build = lambda *arguments: print("tried") or True
+print(torch.__file__, prepare.runtime.set_up(torch.device("cpu"), None, 32, 1, True).compiled)
+"""
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs a virtual environment, to link it")
+def test_torch_compiles_in_a_path_with_a_space_and_tries_nothing(tmp_path, environment):
+    """
+    The path of the environment and of the home, where torch has its cache elsewhere. No instruction set is tried, which
+    takes 5 s each in every run, and no CUDA_HOME is missed, which a CPU does not need.
+    """
+    home = tmp_path / "a b"
+    home.mkdir()
+    (home / ".venv").symlink_to(sys.prefix)
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    environment |= {"AUTORESEARCH_HOME": str(home), "CUDA_HOME": str(tmp_path), "TORCHDYNAMO_DISABLE": "0"}
+    command = [home / ".venv" / "bin" / "python", "-c", COMPILED]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.startswith(f"{home}/.venv/lib/"), result.stderr
+    assert result.stdout.endswith("__init__.py True\n") and result.stdout.count("\n") == 1
+    assert "CUDA_HOME" not in result.stderr and not list(home.glob("compiled"))
+
+
+def test_a_file_system_without_locks(own, book, monkeypatch):
+    """Nothing begins, and a score is not lost."""
+
     def flock(file, operation):
         if operation != fcntl.LOCK_UN:
             raise OSError(errno.ENOLCK, "No locks available")
 
+    clock = prepare.TrainingClock(own, "cpu")
+    clock.start()
+    clock.stop()
     monkeypatch.setattr(fcntl, "flock", flock)
-
-
-def test_a_file_system_without_locks(home, book, monkeypatch):
-    no_locks(monkeypatch)
+    with pytest.raises(SystemExit, match=r"^scored, val_bpb \d.*, but not recorded: .*set AUTORESEARCH_HOME"):
+        prepare.evaluate_bpb(uniform(), own, 8, clock)
     with pytest.raises(SystemExit, match="No locks available: .* set AUTORESEARCH_HOME to a folder on a local disk"):
         prepare.main(book)
     with pytest.raises(SystemExit, match="cannot lock cpu: .*No locks available; .* set TMPDIR to a local folder"):
         machine.DeviceLock(CPU)
 
 
-def test_a_score_is_not_lost_where_there_are_no_locks(own, monkeypatch):
-    clock = prepare.TrainingClock(own, "cpu")
-    clock.start()
-    clock.stop()
-    no_locks(monkeypatch)
-    with pytest.raises(SystemExit, match=r"^scored, val_bpb \d.*, but not recorded: .*set AUTORESEARCH_HOME"):
-        prepare.evaluate_bpb(uniform(), own, 8, clock)
-
-
-def test_locks_are_for_all_users_and_all_homes(home, monkeypatch):
+def test_locks_are_for_all_users_homes_and_processes(home, monkeypatch):
     umask = os.umask(0o077)
     try:
         lock = machine.DeviceLock(torch.device("mps"))
     finally:
         os.umask(umask)
-    files = Path(tempfile.gettempdir(), "autoresearch-locks")
-    assert stat.S_IMODE(files.stat().st_mode) == 0o777
+    folder = Path(tempfile.gettempdir(), "autoresearch-locks")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777
     assert stat.S_IMODE(Path(lock.lock.lock_file).stat().st_mode) == 0o666
     monkeypatch.setattr(prepare, "HOME", home / "another")
-    with pytest.raises(SystemExit, match=f"another training is running on mps .pid {os.getpid()}."):
-        machine.DeviceLock(torch.device("mps"))
+    code = "import torch; from harness import machine; machine.DeviceLock(torch.device('mps')).release()"
+    second = start("-c", code)
+    errors = second.communicate()[1]
+    message = f"another training is running on mps (pid {os.getpid()}): wait for it or end it\n"
+    assert (second.returncode, errors) == (1, message)
     lock.release()
-    machine.DeviceLock(torch.device("mps")).release()
+    assert start("-c", code).wait() == 0
 
 
 @pytest.mark.parametrize(
@@ -117,55 +143,3 @@ def test_cores_that_this_process_may_use(tmp_path, monkeypatch, affinity, quota,
         (tmp_path / "cpu.max").write_text(quota + "\n")
     assert machine.usable_cores() == cores
     assert prepare.device_name(CPU).endswith(f" x{cores}")
-
-
-# --------------------------------------
-# What is run
-
-
-def git(folder, *words):
-    command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *words]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def test_any_file_of_the_harness_changes_its_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "ROOT", tmp_path)
-    (tmp_path / "harness").mkdir()
-    hashes = []
-    for name in ("prepare.py", "harness/probe.py", "harness/new.py"):
-        (tmp_path / name).write_text("x")
-        if (tmp_path / "prepare.py").exists():
-            hashes.append(journal.harness_sha256())
-    (tmp_path / "harness" / "probe.py").write_text("y")
-    hashes.append(journal.harness_sha256())
-    assert len(set(hashes)) == 4
-
-
-def test_the_train_py_of_a_commit_is_read(tmp_path, monkeypatch):
-    """Also in a folder of a larger repository."""
-    folder = tmp_path / "inner"
-    folder.mkdir()
-    monkeypatch.setattr(journal, "ROOT", folder)
-    git(tmp_path, "init", "-q")
-    (folder / "train.py").write_text("import threading\n")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-qm", "threads")
-    (folder / "train.py").write_text("pass\n")
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    assert journal.suspects_of_commit(commit) == ["train.py:1 starts threads or processes: import threading"]
-    assert journal.suspects_of_commit("0" * 40) == []
-
-
-def test_a_benchmark_of_an_older_version_is_read(own):
-    """Its record has the hash of prepare.py alone, and so have the lines of its journal."""
-    path = own.path / "benchmark.json"
-    record = prepare.json.loads(path.read_text())
-    record["prepare_sha256"] = record.pop("harness_sha256")
-    path.write_text(prepare.json.dumps(record))
-    old = '{"time": "2026-11-01T00:00:00+00:00", "same_prepare": true, "val_bpb": 0.5}\n'
-    (own.path / "journal.jsonl").write_text(old)
-    score(prepare.load_benchmark(), uniform())
-    before, run = journal.read_journal(own.path)
-    assert before["same_harness"] is True and run["same_harness"] is False
-    assert "the harness was not the one" in journal.flags(run)[0]
-    assert not (own.path / "best.pt").exists()

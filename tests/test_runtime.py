@@ -1,17 +1,21 @@
-"""The harness at run time: dataloader, clock, metric, journal."""
+"""
+Finds a loader that skips or repeats rows, a clock that gives seconds away, a score that is not bits per byte, and a
+journal that loses runs or what they were.
+"""
 
+import faulthandler
+import hashlib
 import itertools
 import math
-import os
 import subprocess
 import sys
 import threading
-import time
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Function, parquet, score, start, stories
+from conftest import TINY, parquet, score, start, stories, uniform
 
 import prepare
 from harness import journal
@@ -31,13 +35,21 @@ class Bigram(torch.nn.Module):
 
 
 @pytest.fixture
+def hands(monkeypatch):
+    """Sets the clock: a list of one number, the seconds that prepare.py sees."""
+    seconds = [100.0]
+    monkeypatch.setattr(prepare, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
+
+
+@pytest.fixture
 def clock(benchmark):
     """A clock of a run that was fair."""
     clock = prepare.TrainingClock(benchmark, "cpu")
     clock.start()
     clock.stop()
     yield clock
-    clock.lock.release()
+    clock.release()
 
 
 # --------------------------------------
@@ -59,83 +71,63 @@ def test_every_row_once_an_epoch_in_another_order(benchmark, batch_size, monkeyp
     for epoch in (whole[:40], whole[40:80]):
         assert sorted(map(tuple, epoch)) == sorted(map(tuple, rows))
     assert not np.array_equal(whole[:40], whole[40:80])
-    loader.close()
 
 
-def test_same_seed_same_order(benchmark, monkeypatch):
-    def first(seed):
+def test_a_seed_is_an_order_and_a_dropped_loader_leaves_no_thread(benchmark, monkeypatch):
+    threads, firsts = threading.active_count(), []
+    for seed in ("1", "1", "2"):
         monkeypatch.setenv("AUTORESEARCH_SEED", seed)
         loader = prepare.make_dataloader(prepare.load_benchmark(), "train", 4, "cpu")
-        return torch.cat([inputs for inputs, *_ in itertools.islice(loader, 5)])
-
-    assert torch.equal(first("1"), first("1")) and not torch.equal(first("1"), first("2"))
-
-
-SPACES = """
-import prepare, torch
-prepare.repair_compiler()
-print(torch.__file__, float(torch.compile(lambda x: x.cumsum(0) + 1)(torch.ones(9))[-1]))
-"""
+        firsts.append(torch.cat([inputs for inputs, *_ in itertools.islice(loader, 5)]))
+        del loader
+    assert torch.equal(firsts[0], firsts[1]) and not torch.equal(firsts[0], firsts[2])
+    assert threading.active_count() <= threads
 
 
-@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs a virtual environment, to link it")
-def test_a_path_with_a_space_compiles(tmp_path, environment):
-    """Of the environment, which is linked to, and of the home: torch has the cache elsewhere then."""
-    (tmp_path / "a b").mkdir()
-    (tmp_path / "a b" / ".venv").symlink_to(sys.prefix)
-    python = tmp_path / "a b" / ".venv" / "bin" / "python"
-    environment |= {"AUTORESEARCH_HOME": str(tmp_path / "a b"), "TORCHDYNAMO_DISABLE": "0"}
-    result = subprocess.run([python, "-c", SPACES], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.stdout == f"{python.parent.parent}/lib/{result.stdout.split('/lib/')[1]}", result.stderr
-    assert result.stdout.endswith("__init__.py 10.0\n") and not list((tmp_path / "a b").glob("compiled"))
-
-
-def test_refused_splits_and_sizes(benchmark):
-    for split in ("val", "holdout"):
-        with pytest.raises(ValueError, match=f'no dataloader for "{split}"'):
-            prepare.make_dataloader(benchmark, split, 4, "cpu")
-    with pytest.raises(ValueError, match="at least 1"):
-        prepare.make_dataloader(benchmark, "train", 0, "cpu")
-
-
-def test_a_dropped_loader_leaves_no_thread(benchmark):
-    before = threading.active_count()
-    for _ in range(5):
-        next(prepare.make_dataloader(benchmark, "train", 4, "cpu"))
-    assert threading.active_count() <= before
+@pytest.mark.parametrize(("split", "batch_size"), [("val", 4), ("holdout", 4), ("train", 0)])
+def test_refused_splits_and_sizes(benchmark, split, batch_size):
+    with pytest.raises(ValueError, match="must be at least 1" if split == "train" else f'no dataloader for "{split}"'):
+        prepare.make_dataloader(benchmark, split, batch_size, "cpu")
 
 
 # --------------------------------------
 # Clock
 
 
-def test_nothing_is_free_between_start_and_stop(benchmark):
+def test_nothing_is_free_between_start_and_score(benchmark, hands):
+    """And what was not timed, or took over a tenth more than the budget of 3 s, is not scored."""
+
+    def refused(words):
+        with pytest.raises(RuntimeError, match=words):
+            clock.check()
+
     clock = prepare.TrainingClock(benchmark, "cpu")
     assert clock.elapsed == clock.progress == 0
+    refused("^not scored: .* never started")
     clock.start()
-    time.sleep(0.2)
-    assert clock.elapsed >= 0.2 and clock.progress == pytest.approx(clock.elapsed / 3, abs=0.05)
+    hands[0] += 0.75
+    assert (clock.elapsed, clock.progress) == (0.75, 0.25)
+    hands[0] += 2.5
+    assert (clock.elapsed, clock.progress) == (3.25, 1)
+    refused("^not scored: .* still running")
     clock.stop()
-    frozen = clock.elapsed
-    time.sleep(0.01)
-    assert clock.elapsed == frozen >= 0.2
     for method in (clock.start, clock.stop):
         with pytest.raises(RuntimeError):
             method()
-    clock.started -= 3
-    assert clock.progress == 1
+    clock.check()
+    hands[0] += 0.125
+    assert clock.elapsed == 3.25
+    refused("^not scored: trained for 3.4 s of a budget of 3 s")
     clock.release()
 
 
 FAST, SLOW = [1.0] * 100, [2.5] * 100
 STEPS = {  # seconds of steps, rows of each, percent of the time that is disturbed
-    "none": ([], 1, 0),
     "one": ([2], 1, 0),
-    "all alike": ([1, 1, 1, 1], 1, 0),
     "two of five": ([1, 1, 3, 1, 2], 1, 62.5),
     "below the limit": ([1, 1.4, 1], 1, 0),
     "another training beside it": (FAST + SLOW + FAST, 1, 100 * 250 / 450),
-    "a batch ramp": (FAST + SLOW, [4] * 100 + [10] * 100, 0),
+    "larger batches for a while": (FAST + SLOW + FAST, [4] * 100 + [10] * 100 + [4] * 100, 0),
     "longer rows": (FAST + SLOW, 1, 0),
     "a growing model": (list(np.linspace(1, 4, 200)), 1, 0),
     "disturbed before a ramp": ([1.0] * 40 + SLOW[:20] + [1.0] * 40 + SLOW, 1, 100 * 50 / 380),
@@ -145,6 +137,7 @@ STEPS = {  # seconds of steps, rows of each, percent of the time that is disturb
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_slow_steps_are_those_that_something_else_slows(clock, kind):
+    """The first one may have to prepare."""
     seconds, rows, percent = STEPS[kind]
     rows = np.broadcast_to(rows, len(seconds))
     clock.ticks = list(zip(itertools.accumulate([9, *seconds]), itertools.accumulate([7, *rows]), strict=True))
@@ -158,11 +151,11 @@ import prepare, time, torch
 prepare.HANG_SECONDS = 1 - 3
 clock = prepare.TrainingClock(prepare.load_benchmark(), "cpu")
 
-def forward(inputs):
+def forward():
     time.sleep(100)
 
 clock.start()
-forward(None)
+forward()
 """
     process = start("-c", code)
     errors = process.communicate(timeout=90)[1]
@@ -170,45 +163,16 @@ forward(None)
     prepare.TrainingClock(own, "cpu").release()  # the device is free
 
 
-def test_a_run_that_was_scored_does_not_end_itself(own):
-    code = """
-import prepare, time, torch
-prepare.HANG_SECONDS = 3 - 3
-benchmark = prepare.load_benchmark()
-clock = prepare.TrainingClock(benchmark, "cpu")
-clock.start()
-clock.stop()
-prepare.evaluate_bpb(torch.nn.Embedding(512, 512), benchmark, 8, clock)
-time.sleep(4)
-print("still here")
-"""
-    process = start("-c", code)
-    output, errors = process.communicate(timeout=90)
-    assert "still here" in output, errors
-
-
-def test_second_training_on_the_device_is_refused(clock):
-    """In a process of its own, which takes the lock alone: it need not wait for torch."""
-    second = start("-c", "import prepare, torch; prepare.DeviceLock(torch.device('cpu'))")
-    errors = second.communicate()[1]
-    assert second.returncode == 1 and f"pid {os.getpid()}" in errors and "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    "fault, words", [("unstarted", "never started"), ("running", "still running"), ("late", "3.4 s")]
-)
-def test_unfair_runs_are_not_scored(benchmark, fault, words):
-    clock = prepare.TrainingClock(benchmark, "cpu")
-    if fault != "unstarted":
-        clock.start()
-    if fault == "late":
-        clock.started -= 3.4
-        clock.stop()
-    before = read_journal(benchmark.path)
-    with pytest.raises(RuntimeError, match=words):
-        prepare.evaluate_bpb(Bigram(512), benchmark, 4, clock)
-    assert read_journal(benchmark.path) == before
-    prepare.TrainingClock(benchmark, "cpu").lock.release()  # the device is free again
+def test_a_run_that_was_scored_does_not_end_itself(own, monkeypatch):
+    limits = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **options: limits.append(seconds))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", limits.clear)
+    clock = prepare.TrainingClock(own, "cpu")
+    clock.start()
+    clock.stop()
+    assert limits == [3 + 300]
+    prepare.evaluate_bpb(uniform(), own, 8, clock)
+    assert limits == []
 
 
 # --------------------------------------
@@ -218,7 +182,7 @@ def test_unfair_runs_are_not_scored(benchmark, fault, words):
 def brute_force(model, benchmark, split):
     """Bits per byte of the text that the targets stand for, token by token, in float64."""
     tokenizer = prepare.Tokenizer.load(benchmark.path)
-    bits = total = 0
+    bits, total = 0, 0
     for row in np.array(benchmark.rows(split)).astype(np.int64):
         log_probs = torch.log_softmax(model(torch.from_numpy(row[None, :-1])).double(), dim=-1)[0]
         for position, target in enumerate(row[1:].tolist()):
@@ -228,35 +192,28 @@ def brute_force(model, benchmark, split):
     return bits / total
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_known_model_against_brute_force(home, tmp_path, batch_size):
-    """On stories shorter than a row: where the next one begins is a target without bytes."""
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_known_model_against_brute_force(home, tmp_path, monkeypatch, batch_size):
+    """
+    On stories shorter than a row: where the next one begins is a target without bytes. Whatever the batch size, of
+    which four rows fit into memory and six are scored; and the model has no view of the whole rows.
+    """
     (tmp_path / "stories.parquet").write_bytes(parquet(stories(0, 4000)))
     prepare.main(["--text", str(tmp_path / "stories.parquet"), *TINY])
-    benchmark, model = prepare.load_benchmark(), Bigram(300)
+    benchmark, model, sizes = prepare.load_benchmark(), Bigram(300), []
     assert all((benchmark.rows(split)[:, 1:] == 296).any() for split in ("val", "holdout"))
-    assert score(benchmark, model, batch_size) == pytest.approx(brute_force(model, benchmark, "val"), rel=2e-6)
-    holdout = read_journal(benchmark.path)[0]["holdout_bpb"]
-    assert holdout == pytest.approx(brute_force(model, benchmark, "holdout"), rel=2e-6)
+    monkeypatch.setattr(prepare, "MAX_LOGIT_BYTES", 4 * 4 * 32 * 300)
 
+    def look(model, arguments):
+        sizes.append(arguments[0].shape)
+        assert arguments[0].untyped_storage().nbytes() == arguments[0].numel() * 8
 
-def test_scoring_memory_is_bounded(benchmark, clock, monkeypatch):
-    sizes = []
-    model = Bigram(512)
-    model.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
-    monkeypatch.setattr(prepare, "MAX_LOGIT_BYTES", 3 * 4 * 64 * 512)
-    prepare.evaluate_bpb(model, benchmark, 1000, clock)
-    assert max(sizes) == 3
-
-
-def test_the_model_cannot_reach_the_targets(benchmark, clock):
-    """Not even through the storage that its inputs are a view of."""
-
-    def greedy(inputs):
-        assert inputs.untyped_storage().nbytes() == inputs.numel() * 8
-        return torch.zeros(*inputs.shape, 512)
-
-    prepare.evaluate_bpb(Function(greedy), benchmark, 8, clock)
+    with model.register_forward_pre_hook(look):
+        val_bpb = score(benchmark, model, batch_size)
+    assert max(sizes) == (min(batch_size, 4), 32)
+    assert val_bpb == pytest.approx(brute_force(model, benchmark, "val"), rel=2e-6)
+    holdout_bpb = read_journal(benchmark.path)[0]["holdout_bpb"]
+    assert holdout_bpb == pytest.approx(brute_force(model, benchmark, "holdout"), rel=2e-6)
 
 
 # --------------------------------------
@@ -274,15 +231,17 @@ def test_journal_and_best(own, capsys):
         clock.start()
         for _ in range(3):
             next(loader)
+            clock.tick()
         clock.stop()
         scores.append(prepare.evaluate_bpb(Bigram(512, spread), own, 8, clock))
-        path.write_text(path.read_text() + '{"val_bpb": 1.0, "see' * (spread == 0.1))
+        if spread == 0.1:
+            path.write_text(path.read_text() + '{"val_bpb": 1.0, "see')
     runs = read_journal(own.path)
     assert "skipped, the line is incomplete" in capsys.readouterr().out
     assert [run["val_bpb"] for run in runs] == scores and scores[1] == min(scores)
     run = runs[-1]
-    assert run["tokens"] == 3 * 4 * 64 and run["untimed_rows"] == 4
-    assert run["steps"] == 0 and run["seed"] == 42 and run["benchmark"] == own.id
+    assert run["steps"] == 3 and run["tokens"] == 3 * 4 * 64 and run["untimed_rows"] == 4
+    assert run["seed"] == 42 and run["benchmark"] == own.id
     assert run["same_harness"] and run["harness_sha256"] == journal.harness_sha256()
     assert 0 <= run["training_seconds"] < run["total_seconds"] and run["peak_memory_mb"] > 1
     assert set(run) >= {"time", "commit", "dirty", "train_sha256", "device"}
@@ -290,18 +249,45 @@ def test_journal_and_best(own, capsys):
     assert best["val_bpb"] == min(scores) and torch.equal(best["model"]["table"], Bigram(512, 0.1).table)
 
 
-def test_origin_names_commit_and_dirt(tmp_path, monkeypatch):
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+def test_a_benchmark_of_an_older_version_is_read(own):
+    """Its record has the hash of prepare.py alone, and so have the lines of its journal."""
+    path = own.path / "benchmark.json"
+    path.write_text(path.read_text().replace('"harness_sha256"', '"prepare_sha256"'))
+    old = '{"time": "2026-11-01T00:00:00+00:00", "same_prepare": true, "val_bpb": 0.5}\n'
+    (own.path / "journal.jsonl").write_text(old)
+    score(prepare.load_benchmark(), uniform())
+    before, run = read_journal(own.path)
+    assert before["same_harness"] is True and run["same_harness"] is False
+    assert "the harness was not the one" in journal.flags(run)[0]
+    assert not (own.path / "best.pt").exists()
 
-    monkeypatch.setattr(journal, "ROOT", tmp_path)
-    (tmp_path / "prepare.py").write_text("")
+
+def test_what_is_run_is_told_by_commit_dirt_and_hash(tmp_path, monkeypatch):
+    """Also in a folder of a larger repository."""
+
+    def git(*words):
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    folder = tmp_path / "inner"
+    monkeypatch.setattr(journal, "ROOT", folder)
+    hashes = []
+    for name, content in {"prepare.py": "", "harness/probe.py": "x", "train.py": "import threading\n"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+        hashes.append(journal.harness_sha256())
+    assert hashes[0] != hashes[1] == hashes[2]  # train.py is no part of the harness
     assert journal.find_origin()["commit"] is None and journal.find_origin()["dirty"] is None  # not a repository
     git("init", "-q")
     git("add", ".")
-    git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first")
-    (tmp_path / "untracked").write_text("")
+    git("commit", "-qm", "threads")
+    commit = git("rev-parse", "HEAD")
+    (folder / "untracked").write_text("")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(folder / "train.py"))
     origin = journal.find_origin()
-    assert origin["commit"] == git("rev-parse", "HEAD") and origin["dirty"] is False
-    (tmp_path / "prepare.py").write_text("x")
+    assert (origin["commit"], origin["dirty"], origin["script"]) == (commit, False, "train.py")
+    assert origin["train_sha256"] == hashlib.sha256(b"import threading\n").hexdigest()
+    (folder / "train.py").write_text("pass\n")
     assert journal.find_origin()["dirty"] is True
+    assert journal.suspects_of_commit(commit) == ["train.py:1 starts threads or processes: import threading"]
+    assert journal.suspects_of_commit("0" * 40) == []
