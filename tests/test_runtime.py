@@ -283,7 +283,7 @@ def test_what_is_run_is_told_by_commit_dirt_and_hash(tmp_path, monkeypatch):
     git("commit", "-qm", "threads")
     commit = git("rev-parse", "HEAD")
     (folder / "untracked").write_text("")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(folder / "train.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(folder / "train.py"), raising=False)
     origin = journal.find_origin()
     assert (origin["commit"], origin["dirty"], origin["script"]) == (commit, False, "train.py")
     assert origin["train_sha256"] == hashlib.sha256(b"import threading\n").hexdigest()
