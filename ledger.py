@@ -314,7 +314,7 @@ def parse_until(text):
     except ValueError:
         raise SystemExit(f"--until {text}: must be like 07:00, 2026-11-28T07:00, 40 (rows) or never") from None
     if moment.astimezone() <= here.astimezone():
-        raise SystemExit(f"--until {text}: that is over")
+        raise SystemExit(f"--until {text}: that is in the past")
     return in_utc(moment)
 
 

@@ -68,7 +68,7 @@ class DeviceLock:
             raise SystemExit(f"another training is running on {device} (pid {pid}): wait for it or end it") from None
         except OSError as error:
             self.lock.release()
-            raise SystemExit(f"cannot lock {device}: {error}; make it work, or set TMPDIR to a local folder") from None
+            raise SystemExit(f"cannot lock {device}: {error}; fix it, or set TMPDIR to a local folder") from None
 
     @property
     def held(self):

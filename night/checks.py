@@ -67,7 +67,7 @@ def git_problems(folder, tag):
     if "dubious ownership" in complaint:
         return [f"git: another user owns this folder: git config --global --add safe.directory '{folder}'"]
     if not worked:
-        return ["this is no git repository: git clone it, or git init && git add -A && git commit -m start"]
+        return ["this is not a git repository: git clone it, or git init && git add -A && git commit -m start"]
     if Path(top).resolve() != Path(folder).resolve():
         return [
             f"this folder lies inside another repository, {top}, and resets would change that: move it out of there"
@@ -81,7 +81,7 @@ def branch_problems(folder, tag):
     found = []
     is_name = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", tag)  # of a night on a hub: tag/agent
     if not is_name or not run_git(folder, "check-ref-format", "--branch", f"autoresearch/{tag}")[0]:
-        found.append(f"'{tag}' is no name for a branch: take letters, digits, - and _")
+        found.append(f"'{tag}' can't name a branch: use letters, digits, - and _")
     elif run_git(folder, "rev-parse", "--verify", "-q", f"refs/heads/autoresearch/{tag}")[0]:
         found.append(f"this night exists: take another tag, or go on: git checkout autoresearch/{tag}")
 
@@ -194,4 +194,4 @@ def first_commit(folder, tag):
         run_git(folder, "update-ref", "--no-deref", "HEAD", commit)
     run_git(folder, "update-ref", "-d", f"refs/heads/{branch}")
     fix = "signing: git config commit.gpgsign false; a hook: git config core.hooksPath /dev/null"
-    raise SystemExit(f"git refuses to commit ({first_line(complaint or 'it does not say why')}); {fix}")
+    raise SystemExit(f"git refuses to commit ({first_line(complaint or 'no reason given')}); {fix}")

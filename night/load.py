@@ -39,7 +39,7 @@ def load_night(folder):
         rows[index] = row
         if row.status == "keep" and row.commit not in short:
             rows[index] = row._replace(status="discard")
-            problems.append(f"results.tsv:{row.line}: {row.commit} is no commit of this night, so it is no keep")
+            problems.append(f"results.tsv:{row.line}: {row.commit} is not a commit of this night, so it is not kept")
 
     night = Night(
         tag=state["tag"],
@@ -128,7 +128,7 @@ def load_state(path):
         raise SystemExit("no night here: see Set-up in program.md\nnext: uv run ledger.py start <tag> --until <when>")
     commit, subject = first.split(" ", 1)
     tag = subject.removeprefix("autoresearch/").removesuffix(": start")
-    problem = "night.json is lost: its tag and first commit are read from git, but the night ends only by hand now"
+    problem = "night.json is lost: the tag and the first commit are read from git, but the night has no end now"
     return {"tag": tag, "until": "never", "commit": commit}, [problem]
 
 
@@ -139,7 +139,7 @@ def checked_until(until):
     try:
         return in_utc(datetime.fromisoformat(until)), []
     except ValueError:
-        return "never", [f"night.json: until {until} is neither 2026-11-28T07:00 nor a number: never, then"]
+        return "never", [f"night.json: until {until} is neither like 2026-11-28T07:00 nor a number, so the night has no end now"]
 
 
 def in_utc(moment):

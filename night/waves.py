@@ -93,7 +93,7 @@ def unwritten(night):
 def failure(job, disturbed):
     """Why a job becomes a crash row; "" if it does not."""
     if job["state"] == "crash":
-        return job.get("reason", "")[:160] or "it does not say why"
+        return job.get("reason", "")[:160] or "no reason given"
     if job["attempt"] >= TRIES and must_run_again(job, disturbed):
         return f"lost or disturbed {TRIES} times"
     return ""

@@ -120,7 +120,7 @@ def end():
     """End the cluster of this wave if it has begun here, and forget it."""
     cluster = read_cluster()
     if cluster["pid"] is None:
-        print(f"the cluster at {cluster['address']} has not begun here: it goes on")
+        print(f"the cluster at {cluster['address']} was not started here, so it keeps running")
     else:
         end_group(cluster["pid"])
         shutil.rmtree(cluster["folder"], ignore_errors=True)
@@ -200,7 +200,7 @@ def living_nodes(address):
         nodes = list_nodes(address, limit=MOST_NODES)
     living = [node for node in nodes if node.state == "ALIVE"]
     if not living:
-        raise SystemExit(f"the cluster at {address} has no node that lives")
+        raise SystemExit(f"the cluster at {address} has no living node")
     return living
 
 

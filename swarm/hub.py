@@ -151,9 +151,9 @@ def adopt(name):
     commit = resolve(f"{name}^{{commit}}")
     origin = next((line for line in results if commit and commit.startswith(line["commit"])), None)
     if not origin:
-        raise SystemExit(f"{name} is no result here, or several: uv run swarm/hub.py exchange, or take more digits")
+        raise SystemExit(f"{name} names no result here, or several: uv run swarm/hub.py exchange, or use more digits")
     if not run_git(ROOT, "ls-tree", commit, "--", "train.py")[1].startswith("100"):
-        raise SystemExit(f"{name} has no train.py that is a file")
+        raise SystemExit(f"the train.py of {name} is not a file")
     if resolve(f"{commit}:train.py") == resolve("HEAD:train.py"):
         raise SystemExit(f"{name} has the same train.py as HEAD")
 
@@ -171,7 +171,7 @@ def adopt(name):
         worked, _, complaint = run_git(ROOT, "commit", "-q", "-m", message, "--", "train.py")
     if not worked:
         run_git(ROOT, "checkout", "HEAD", "--", "train.py")
-        raise SystemExit(f"git does not commit it: {reason_of(complaint)}")
+        raise SystemExit(f"git refuses to commit it: {reason_of(complaint)}")
     print(message)
     print(run_git(ROOT, "diff", "--no-color", "--no-ext-diff", "--stat", "HEAD^", "HEAD")[1])
     print_next(load_night(ROOT)[0])

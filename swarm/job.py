@@ -58,7 +58,7 @@ def run(benchmark, seed, arguments):
             return
     if code < 0:
         raise SystemExit(f"train.py was ended by signal {-code}")
-    raise SystemExit(code or "train.py has ended without a score")
+    raise SystemExit(code or "train.py ended without a score")
 
 
 def make_environment(home):
@@ -82,7 +82,7 @@ def call(*command):
     """Run a command, whose output goes to the log. Raises SystemExit if it fails."""
     code = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
     if code:
-        raise SystemExit(f"{shlex.join(command)} has failed with exit code {code}")
+        raise SystemExit(f"{shlex.join(command)} failed with exit code {code}")
 
 
 # --------------------------------------

@@ -80,11 +80,11 @@ def come_back(tag, until):
     # every night's first commit names it
     first = run_git(ROOT, "log", "-1", f"--grep=^{branch}: start$", "--format=%H %ct", theirs)[1]
     if not first:
-        raise SystemExit(f"{branch} on the hub is no night: take another name")
+        raise SystemExit(f"{branch} on the hub is not a night: use another name")
     commit, seconds = first.split()
     worked, _, complaint = run_git(ROOT, "checkout", "-q", "-b", branch, theirs)
     if not worked:
-        raise SystemExit(f"git does not check out {branch}: {reason_of(complaint)}")
+        raise SystemExit(f"git refuses to check out {branch}: {reason_of(complaint)}")
     started = in_utc(datetime.fromtimestamp(int(seconds), timezone.utc))
     state = {"tag": tag, "until": until, "started": started, "commit": commit}
     (ROOT / "night.json").write_text(json.dumps(state) + "\n")

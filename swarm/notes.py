@@ -209,14 +209,14 @@ def reason_of(complaint):
     found = re.search(r"^ *(fatal:|error:|ERROR:|!).*", complaint, re.M)
     if found:
         return first_line(found[0])
-    return first_line(complaint or "git does not say why")
+    return first_line(complaint or "git gives no reason")
 
 
 def add_line(line, commit):
     """Append a result or a message, a dict, to the note of a commit."""
     worked, _, complaint = run_git(ROOT, "notes", "--ref=results", "append", "-m", json.dumps(line), commit)
     if not worked:
-        raise SystemExit(f"git takes no note: {reason_of(complaint)}")
+        raise SystemExit(f"git refuses the note: {reason_of(complaint)}")
 
 
 def receive():

@@ -17,7 +17,7 @@ SHORTEST = 7  # digits of a commit that stand for it
 def new(name):
     """Make a worktree on the last keep, and say what comes next."""
     if (WAVE / name).exists():
-        raise SystemExit(f"wave/{name} is there: edit it, or take another name")
+        raise SystemExit(f"wave/{name} exists: edit it, or use another name")
     night, _, problems = load_night(ROOT)
     for problem in problems:
         print(f"warning: {problem}")

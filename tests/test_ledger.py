@@ -506,7 +506,7 @@ def test_a_keep_that_git_does_not_know_is_none(clone):
     start = clone.baseline()
     append_rows(clone.folder / "results.tsv", [("abcdef0", "0.1", "1.0", "keep", "a dream")])
     text = clone.status()
-    assert f"to beat:     1.000000, {start}" in text and "results.tsv:5: abcdef0 is no commit of this night" in text
+    assert f"to beat:     1.000000, {start}" in text and "results.tsv:5: abcdef0 is not a commit of this night" in text
 
 
 def test_train_py_without_its_text(clone):
