@@ -139,7 +139,7 @@ def checked_until(until):
     try:
         return in_utc(datetime.fromisoformat(until)), []
     except ValueError:
-        return "never", [f"night.json: until {until} is neither like 2026-11-28T07:00 nor a number, so the night has no end now"]
+        return "never", [f"night.json: until {until} is neither a time nor a number, so the night has no end now"]
 
 
 def in_utc(moment):
