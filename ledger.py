@@ -93,9 +93,8 @@ def print_commit(folder, night, last_keep, scores):
     print(f"this commit: {night.head} on {place}")
     pairs, _ = pair(night.rows, night.runs)
     counted, _ = new_runs(night)
-    for run in night.runs:
-        if run["commit"][:7] != night.head:
-            continue
+    own = [run for run in night.runs if run["commit"][:7] == night.head]
+    for run in own:
         words = f"{run['val_bpb']:.6f} seed {run['seed']}, {run.get('steps', 0):,} steps"
         if night.head != last_keep and last_keep in scores:
             words += f", gain {statistics.fmean(scores[last_keep]) - run['val_bpb']:+.6f}"
@@ -106,8 +105,9 @@ def print_commit(folder, night, last_keep, scores):
         print(f"  {words}")
         for warning in flags(run):
             print(f"  warning: {warning}")
-    for line in fallbacks(folder / "run.log"):
-        print(f"  warning: run.log: {line}")
+    if night.log.get("commit") == night.head:
+        for line in fallbacks(folder / "run.log"):
+            print(f"  warning: run.log: {line}")
 
 
 def print_wave(night, last_keep):
@@ -188,10 +188,10 @@ def add_wave(folder):
     night, _, problems = load_night(folder)
     results = unwritten(night)
     if not results:
-        raise SystemExit("nothing to add: every job of the wave that has come in has its row; see `uv run ledger.py`")
+        raise SystemExit("nothing to add: no commit has all its jobs in and a row missing; see `uv run ledger.py`")
 
     # only one commit is kept: a second winner is combined with it, and runs again
-    kept = [*kept_commits(night), winner(night, results)]
+    kept = [*kept_commits(night), winner(night, results)]  # the latter may be None
     rows = []
     for commit, (runs, crashes) in results.items():
         status = "keep" if commit in kept else "discard"
@@ -290,7 +290,7 @@ def start(folder, tag, until="never"):
         ideas.write_text("# Ideas\n\n## Backlog\n\n## What each try taught\n")
     night, record, _ = load_night(folder)
     print(f"branch autoresearch/{tag}, until {night.end}")
-    if until.isdecimal() and int(until) <= 24:
+    if until.isdecimal() and int(until) < 24:
         print(f"(if you meant the hour: delete the branch, and start with --until {int(until):02}:00)")
     print(f"benchmark {record['id']}, {record['settings']['time_budget']:g} s a run")
     print_next(night)
@@ -353,7 +353,7 @@ def next_wait(memory, rows):
     try:
         before = json.loads(memory.read_text())
         if before["rows"] == rows:
-            wait = min(LONGEST_WAIT, 2 * before["wait"] or FIRST_WAIT)
+            wait = min(LONGEST_WAIT, max(FIRST_WAIT, 2 * before["wait"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # asked for the first time
     try:

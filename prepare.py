@@ -83,7 +83,7 @@ __all__ += ["Progress", "runtime", "device_name", "PROCESS_START", "first_line",
 SEED = 42
 
 PRESETS = {
-    # web text for one large GPU: the rows of the reference project, so that scores compare
+    # web text for one large GPU: the rows of the reference project, so that scores are comparable
     "climbmix": dict(
         max_seq_len=2048, vocab_size=8192, time_budget=300, val_rows=10_240, holdout_rows=2_560, long_documents="crop"
     ),
@@ -436,7 +436,7 @@ class TrainingClock:
     def check(self):
         """The score begins. Raise RuntimeError unless the run was timed, kept to its budget and was not scored yet."""
         if self.started is None:
-            raise RuntimeError("not scored: the training clock is never started; start() and stop() it around training")
+            raise RuntimeError("not scored: the clock was never started; start() and stop() it around training")
         if self.stopped is None:
             raise RuntimeError("not scored: the training clock is still running; stop() it first")
         if not self.lock.held:
@@ -480,7 +480,7 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"not scored: the model must be a torch.nn.Module, not a {type(model).__name__}")
         was_training = model.training
-        model.eval()  # may be the run's own code: before the clock is read
+        model.eval()  # before clock.check() takes the time: train.py may override eval() and compute in it
         clock.check()
         if benchmark != open_benchmark(benchmark.path) or benchmark != clock.benchmark:
             raise RuntimeError("not scored: the benchmark differs from the one on disk; use load_benchmark()")

@@ -205,7 +205,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Half the heads have the keys of the token before, so that they find what followed."""
+    """Half the heads (3 of 5) have the keys of the token before, so that they find what followed."""
 
     def __init__(self, layer, window, attention, vocab_size):
         super().__init__()
@@ -271,14 +271,14 @@ class Head(nn.Module):
         if self.pointer is not None:
             weights, copy_logit = self.pointer(x)
 
-        # To predict: of every token, what a softmax takes
+        # Prediction: logits, or log-probabilities, of every token
         if targets is None:
             if self.pointer is None:
                 return logits
             copied = torch.zeros_like(logits).scatter_add(-1, inputs[:, None].expand_as(weights), weights)
             return log_mixture(logits.softmax(-1), copied, copy_logit)
 
-        # To train: of the target alone. By a mask, because the backward of a gather is a scatter, which is slow
+        # Training: of the target alone. A masked sum, because the backward of a gather is a scatter, which is slow
         is_target = torch.arange(logits.size(-1), device=x.device) == targets[..., None]
         log_likelihoods = logits.where(is_target, 0).sum(-1) - logits.logsumexp(-1)
         if self.pointer is not None:
@@ -342,7 +342,7 @@ def apply_rotary_emb(x, cos, sin):
 def banded(q, k, v, window):
     """
     Attention: a position sees itself and `window` earlier ones. q [B, T, H, K]; k, v [B, T, G, K], each for H / G heads
-    of q. On CUDA set_up() takes FlashAttention where it agrees within 2%; setup._replace(attention=banded) does not.
+    of q. On CUDA set_up() uses FlashAttention where it agrees within 2%; setup._replace(attention=banded) does not.
     """
     if k.size(2) < q.size(2):
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
@@ -397,8 +397,8 @@ def muon_update(weights, grads, momenta, second_moments, lr, momentum, beta2, de
     second_moments.lerp_(squares, 1 - beta2)
     factor = second_moments.clamp_min(1e-10).rsqrt()
     scaled_squares = (squares * factor.square()).sum(dim=-1, keepdim=True)
-    kept = squares.sum(dim=-1, keepdim=True) / scaled_squares.clamp_min(1e-10)
-    update = update * factor * kept.sqrt()
+    ratio = squares.sum(dim=-1, keepdim=True) / scaled_squares.clamp_min(1e-10)
+    update = update * factor * ratio.sqrt()
 
     # Cautious weight decay (Chen et al. 2025, arXiv 2510.12402): only where update and weight agree in sign
     old = torch.cat(weights)
@@ -426,7 +426,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[group["params"][0]]
             weights = [as_stack(weight) for weight in group["params"]]
             grads = [as_stack(torch.zeros_like(x) if x.grad is None else x.grad) for x in group["params"]]
-            if weights[0].size(1) >= weights[0].size(2):
+            if weights[0].size(1) >= weights[0].size(2):  # square ones, too: their second moments are per output
                 weights = [weight.mT for weight in weights]
                 grads = [grad.mT for grad in grads]
             if not state:
@@ -434,8 +434,8 @@ class Muon(torch.optim.Optimizer):
                 state["second_moments"] = torch.zeros_like(state["momenta"][:, :1])
 
             # Numbers as tensors, so that a new one compiles nothing
-            numbers = (group["lr"], group["momentum"], MUON_BETA2, group["weight_decay"])
-            self.update(weights, grads, *state.values(), *map(torch.tensor, numbers), dtype=self.dtype)
+            numbers = map(torch.tensor, (group["lr"], group["momentum"], MUON_BETA2, group["weight_decay"]))
+            self.update(weights, grads, state["momenta"], state["second_moments"], *numbers, dtype=self.dtype)
 
 
 class RowwiseRMSprop(torch.optim.Optimizer):
@@ -520,7 +520,7 @@ def build_optimizers(model):
 
 
 def lr_factor(progress):
-    """Constant, then a line down to FINAL_LR_FRAC. No warm-up: any hurt."""
+    """Constant, then linear down to FINAL_LR_FRAC. No warm-up: every one that was tried hurt."""
     return FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * min(1.0, (1 - progress) / WARMDOWN_RATIO)
 
 
@@ -556,7 +556,7 @@ def build_model(benchmark, setup):
 
 
 def rehearse(benchmark, setup, shapes, accumulation):
-    """Compile all and fill the memory: two steps of a throwaway model per shape (rows, T), scoring in the first one."""
+    """Compile, and fill the memory with a throwaway model: two steps per shape (rows, T), then two scoring passes."""
     model = build_model(benchmark, setup)
     optimizers = build_optimizers(model)
     for shape in shapes:
@@ -590,7 +590,7 @@ def find_batch(benchmark, setup):
 
 
 def train_step(model, optimizers, batches, progress):
-    """One step on the batches. Returns their mean loss, a tensor: to read it here would wait for the device."""
+    """One step on the batches. Returns their mean loss, a tensor: reading it here would wait for the device."""
     total = 0.0
     model.zero_grad(set_to_none=True)
     for inputs, targets, *_ in batches:

@@ -1,5 +1,5 @@
 """
-What ran: the lock of the device, the rows that a process has opened, the commit, journal.jsonl and best.pt.
+What ran: the folder of the device locks, the rows that a process has opened, the commit, journal.jsonl and best.pt.
 
 Nothing heavy is imported before it is needed: ledger.py reads the journal beside a training.
 """
@@ -28,7 +28,7 @@ LATE_FLAG = 1.02  # times the budget: a run that trained for longer is flagged
 SLOW_FLAG = 10  # percent of the time in slow steps
 SCORING_SHARE, SCORING_SECONDS = 1 / 5, 5  # scoring may take so much of the budget, and so many seconds more
 
-# What a reader of a train.py should look at, and how it is written
+# What a reviewer of a train.py should look at: a regular expression for each
 SUSPECTS = {
     "changes the harness": r"\b(prepare|clock|benchmark|journal)\.\w+ *[-+*/|]?=(?!=)|\bsetattr\(",
     "uses private names of the harness": r"\b(prepare|clock|benchmark)\._|\bclock\.(lock|ticks)|(from|import) +harness",
@@ -41,7 +41,7 @@ SUSPECTS = {
 
 
 # --------------------------------------
-# Small things that every room needs
+# Helpers used everywhere
 
 
 def now():

@@ -87,7 +87,7 @@ def has_fast_bfloat16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
     # Products of matrices, timed; in one thread, because two wait for each other when the machine is busy
-    size = {"cpu": 256}.get(device.type, 2048)
+    size = 256 if device.type == "cpu" else 2048
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = {}

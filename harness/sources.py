@@ -61,7 +61,7 @@ class Search:
                     self.add(prefix + path.relative_to(root).parts[0], path)
 
     def follow_links(self):
-        """Called after all walks, so that a folder wins over links to it. Links behind links make the list longer."""
+        """Walk the links last, so that a real folder wins over links to it. walk() may append to self.links."""
         for prefix, root, path in self.links:
             self.walk(prefix, root, path, is_link=True)
 

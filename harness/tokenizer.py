@@ -47,10 +47,10 @@ class Tokenizer:
         """Learn merges from batches of documents. Raises SystemExit if the text has too few for `vocab_size`."""
         import rustbpe
 
-        # the merges are what is left of the vocabulary beside the special tokens
+        # the special tokens come on top of the bytes and merges that rustbpe counts
         trainer = rustbpe.Tokenizer()
-        merges = vocab_size - len(SPECIAL_TOKENS)
-        trainer.train_from_iterator(training_texts(batches), merges, pattern=SPLIT_PATTERN)
+        plain_tokens = vocab_size - len(SPECIAL_TOKENS)
+        trainer.train_from_iterator(training_texts(batches), plain_tokens, pattern=SPLIT_PATTERN)
         tokenizer = cls({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
         if tokenizer.vocab_size < vocab_size:
             most = tokenizer.vocab_size

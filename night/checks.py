@@ -108,7 +108,7 @@ def state_problems(folder):
     # a run beside other changes could not be told from its commit
     changes = run_git(folder, "status", "--porcelain", "--untracked-files=no")[1].splitlines()
     if changes:
-        found.append(f"tracked files have changes, {changes[0][2:].strip()} first: git stash, or commit them")
+        found.append(f"uncommitted changes, such as {changes[0][2:].strip()}: git stash, or commit them")
     stray = run_git(folder, "ls-files", "--others", "--exclude-standard", "--", "*.py")[1].splitlines()
     if stray:
         found.append(f"git does not know {stray[0]}, so no run could be told from its commit: add or remove it")

@@ -65,7 +65,7 @@ def load_night(folder):
 
 
 def night_commits(start):
-    """The night's commits, wherever they are by now: on its branch, stored, or only in git's log of what HEAD was."""
+    """The night's commits: on its branch, stored in refs/tries, or only in the reflog."""
     later = git("rev-list", "--all", "--reflog", "HEAD", "--ancestry-path", f"^{start}") or ""
     return [start, *later.split()]
 
@@ -194,6 +194,7 @@ def read_log(path, head=""):
     as with a syntax error, has seed 0 and the commit `head`.
     """
     content = path.read_bytes()
+    # the two ends of a short log overlap, which does no harm
     text = (content[:LOG_BYTES] + b"\n" + content[-LOG_BYTES:]).decode(errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     if not lines or re.search(r"^another training is running", text, re.M):
@@ -226,7 +227,7 @@ def rebuild(folder, night):
         commit = run["commit"][:7]
 
         # what the branch ends with may not be judged yet: `add` does that, of its runs
-        if commit == lineage[-1] != night.start:
+        if commit == lineage[-1] and commit != night.start:
             continue
         status = "keep" if commit in lineage else "discard"
         words = "baseline" if commit == night.start else git("log", "-1", "--format=%s", run["commit"])

@@ -1,6 +1,6 @@
 """
-results.tsv: a row for each run, in five columns. ledger.py writes it; what editors, spreadsheets and hands make of it
-is read, too, so that no run becomes invisible.
+results.tsv: a row for each run, in five columns. ledger.py writes it. It is also read after editors, spreadsheets and
+people have changed it, so that no run becomes invisible.
 """
 
 import csv
@@ -17,7 +17,7 @@ from harness.journal import find_home
 COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description")
 STATUSES = ("keep", "discard", "crash")
 
-# How words of somebody's own begin. Any other word is a discard: nothing is kept by mistake
+# Status words that people and agents invent, by their first letters. Any other is a discard: no keep by mistake
 OTHER_WORDS = {
     "kee": "keep",
     "kep": "keep",

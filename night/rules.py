@@ -74,8 +74,9 @@ def in_trouble(night):
 def off_the_line(night, last_keep):
     """HEAD is not where the night goes on: behind the last keep, beside it, or on no branch with something new."""
     branch = f"autoresearch/{night.tag}"
-    is_known = night.head in kept_commits(night) or bool(seeds_of(night.head, night)) or has_crashed(night)
-    if night.changed or (is_known and not night.branch):
+    # the rules below handle changes, and a tried commit that is checked out by its hash
+    was_tried = night.head in kept_commits(night) or bool(seeds_of(night.head, night)) or has_crashed(night)
+    if night.changed or (was_tried and not night.branch):
         return None
     if night.branch and last_keep not in night.lineage and not new_runs(night)[0]:
         return Step(f"git reset -q --keep {last_keep}", "HEAD is not on top of the last keep")
@@ -105,7 +106,7 @@ def after_a_run(night):
     if night.changed:
         return None
 
-    # a run that was disturbed is repeated, but not for ever, and no idea's first run after the end
+    # repeat a disturbed run, up to TRIES times; once the night is over, repeat only final runs
     seed, tries = disturbed_tries(night)
     if tries >= TRIES:
         return add_step(night, f"disturbed {tries} times: give it up")

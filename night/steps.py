@@ -33,6 +33,7 @@ def add_step(night, reason):
 
 
 def go_to(commit, night, reason):
+    """Check out the baseline, detached, or else the branch."""
     if commit == night.start:
         return Step(f"git checkout -q --detach {commit}", reason)
     return Step(f"git checkout -q autoresearch/{night.tag}", reason)

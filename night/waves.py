@@ -21,17 +21,18 @@ DECIDING_SEEDS = (2, 3)  # of a promising commit: there is room for both at once
 
 
 def read_jobs(folder, known):
-    """The jobs of a night, with commits of seven digits: ([dict], in order of their attempts, [sentence])."""
+    """The jobs of a night: ([dict], in order of their attempts, [sentence] on what cannot be read)."""
     jobs, problems = [], []
     for path in sorted(folder.glob("wave/results/*.json")):
         try:
             job = json.loads(path.read_text())
             job["attempt"] = int(job["attempt"])
             job["seed"] = int(job["seed"])
+            is_ours = job["commit"] in known
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{path.name} of the wave cannot be read ({error}): delete it, or send its job again")
             continue
-        if job["commit"] in known:
+        if is_ours:
             jobs.append(job)
     return sorted(jobs, key=lambda job: job["attempt"]), problems
 
@@ -56,6 +57,7 @@ def add_runs(runs, jobs, record, start):
             problems.append(f"job {job['job']} ran on {job.get('device')}, the baseline on {device}: it does not count")
         else:
             runs.append(job)
+    runs.sort(key=lambda run: run.get("time", ""))
     return problems
 
 

@@ -18,7 +18,7 @@ EXACT, ROUNDED = 1e-6, 6e-4  # how far the score of a row may be from its run's;
 
 @dataclass
 class Night:
-    """All that next_step looks at. Commits have seven digits."""
+    """All that next_step looks at. Commits have seven digits, but those of runs and jobs are whole."""
 
     tag: str = "test"
     until: str = "never"  # a time (ISO, in UTC), a number of rows, or never
@@ -127,7 +127,7 @@ def row_seeds(commit, night):
         else:
             seeds[index] = None  # written by hand
 
-    # a hand that says nothing of seeds has taken them in order
+    # rows typed by hand without a seed are assumed to have used seeds in order
     for index, seed in seeds.items():
         if seed is None:
             seeds[index] = first_free(seeds.values())

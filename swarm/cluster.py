@@ -46,7 +46,9 @@ def begin():
         cluster = read_cluster()
         with contextlib.suppress(SystemExit):
             living_nodes(cluster["address"])
-            print("the cluster of this wave runs already")
+            print("the cluster of this wave is running already")
+            if named not in (None, cluster["address"]):
+                print(f"RAY_API_SERVER_ADDRESS={named} is ignored: another cluster is open; end it: {COMMAND} stop")
             return cluster
     lock = take_lock()
     if lock is None:
@@ -92,7 +94,7 @@ def begin_here(lock):
     with open(WAVE / "cluster.log", "w") as log:
         options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True)
         process = subprocess.Popen(command, pass_fds=[lock.fileno()], **options)
-    lock.close()
+    lock.close()  # only our copy: the one that ray inherited keeps it taken
     cluster = {"address": address, "pid": process.pid, "port": port, "folder": folder}
     write_atomically(CLUSTER, json.dumps(cluster) + "\n")
 

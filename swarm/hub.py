@@ -152,7 +152,7 @@ def adopt(name):
     origin = next((line for line in results if commit and commit.startswith(line["commit"])), None)
     if not origin:
         raise SystemExit(f"{name} names no result here, or several: uv run swarm/hub.py exchange, or use more digits")
-    if not run_git(ROOT, "ls-tree", commit, "--", "train.py")[1].startswith("100"):
+    if not run_git(ROOT, "ls-tree", commit, "--", "train.py")[1].startswith("100"):  # 100xxx: a regular file
         raise SystemExit(f"the train.py of {name} is not a file")
     if resolve(f"{commit}:train.py") == resolve("HEAD:train.py"):
         raise SystemExit(f"{name} has the same train.py as HEAD")
@@ -233,7 +233,7 @@ def run_command(options):
         look(" ".join(options.word))
     elif options.command == "say":
         exchange(options.message)
-        print(f"said: {options.message}")
+        print(f"noted: {options.message}")
     elif options.command == "adopt":
         adopt(options.hash)
     else:

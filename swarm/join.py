@@ -23,7 +23,7 @@ def join(url, tag, until):
         refuse_unready(tag)
     reason = connect(url)
 
-    # here already, to start, or lost here and on the hub
+    # three cases: the night is here already, it is new, or it is only on the hub
     branch = f"autoresearch/{tag}"
     if is_here:
         outcome = f"not reached: {reason}" if reason else "fetched"
@@ -101,7 +101,7 @@ def restore_rows(tag):
     if not own or read_rows(path)[0]:
         return
 
-    # as the ledger had them, but for what was typed with more digits
+    # as the ledger had them, but with commits cut to seven digits
     rows = []
     for line in own:
         score = line["val_bpb"] or math.nan

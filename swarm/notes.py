@@ -111,7 +111,7 @@ def read_lines(agent=None):
 
 
 def printable(text, length):
-    """Words of others on one line, without what a terminal would obey."""
+    """Other people's text, on one line, with control characters replaced by ?."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:length])
 
 

@@ -154,7 +154,7 @@ def collect(wait):
         else:
             print(f"{result['job']} {jobs[result['job']].status.value.lower()}")
     if any(result["state"] in ("scored", "crash") for result in ended):
-        print("next: uv run ledger.py add --wave")
+        print("next: uv run ledger.py")
     elif len(ended) < len(out):
         print(f"next: {COMMAND} collect")
 

@@ -165,7 +165,7 @@ def test_a_result_of_an_unknown_device_is_no_frontier(hub):
 def test_what_is_said_is_seen_before_the_run(hub):
     ada, bob = join(hub, "ada"), join(hub, "bob")
     words = 'A head of "two" layers, größer: 100% \\n $(x)'
-    assert ada.hub("say", words) == f"said: {words}\n"
+    assert ada.hub("say", words) == f"noted: {words}\n"
     for word in ("A HEAD", "GRÖßER", '"two"', "\\n", ada.head()):
         assert f"test/ada says: {words}\n" in bob.hub("look", word)
     assert bob.hub("look", "a.head") == "nothing about a.head\n"

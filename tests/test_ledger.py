@@ -157,7 +157,7 @@ PROBLEMS = {  # what is wrong, and the fix
     "no commit": ("rm -rf .git; git init -q", "git add -A"),
     "no identity": ("printf '[user]\\nuseConfigOnly = true\\n' > ../gitconfig", "git config user.name me"),
     "index.lock": ("touch .git/index.lock", "rm '.git/index.lock'"),
-    "changes": ("echo >> train.py", "train.py first: git stash"),
+    "changes": ("echo >> train.py", "train.py: git stash"),
     "a stray file": ("touch new.py", "new.py, so no run"),
     "tracked results": ("touch results.tsv; git add -f .; git commit -qm x", "git rm --cached results.tsv"),
     "branch autoresearch": ("git branch autoresearch", "git branch -m autoresearch"),
@@ -385,7 +385,7 @@ def test_add_of_a_wave(clone):
     expected.append([tried["slip"], "crash", "slip; expect +0.01: SyntaxError: no, seed 1"])
     assert sorted(clone.tries()) == sorted(expected)
     assert clone.next() == f"git reset -q --keep {tried['better']}"
-    with pytest.raises(SystemExit, match="nothing to add: every job"):
+    with pytest.raises(SystemExit, match="nothing to add: no commit"):
         ledger.add_wave(clone.folder)
 
 

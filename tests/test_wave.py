@@ -182,7 +182,7 @@ def test_a_cluster_has_ports_of_its_own_and_ends(folder, monkeypatch, capsys):
     assert len(set(ports)) == len(ports) == 4 and not {"6379", "8265", "10001", "52365"} & set(ports)
     assert urlsplit(begun["address"]).hostname == "127.0.0.1" and str(urlsplit(begun["address"]).port) in ports
     assert "--dashboard-host=127.0.0.1" in log.read_text()
-    assert cluster.begin() == begun and "runs already" in capsys.readouterr().out
+    assert cluster.begin() == begun and "is running already" in capsys.readouterr().out
 
     # while it does not answer, no second one begins
     monkeypatch.setattr(cluster, "living_nodes", lambda address: sys.exit("no answer"))
@@ -325,7 +325,7 @@ def test_a_wave(agent, second_node, prepared):
     (home / "hold").unlink()
     output = agent.collect(slip, taken)
     assert f"{slip} crash: SyntaxError: " in output and f"{taken} lost: its device was taken: " in output
-    assert f"{good} running\n" in output and "next: uv run ledger.py add --wave\n" in output
+    assert f"{good} running\n" in output and "next: uv run ledger.py\n" in output
 
     # the node goes; meanwhile the baseline runs
     os.killpg(second.pid, signal.SIGKILL)
