@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -82,10 +83,8 @@ def test_no_scored_row_is_a_training_row(home, tmp_path):
 
 
 def test_the_tokenizer_never_sees_scored_text(home, tmp_path, monkeypatch):
-    """Long groups of long words: the first guess at how much text validation needs is too small."""
-    files = {}
-    for start in range(300):
-        files[f"{start}.txt"] = " ".join(f"internationalization{chr(97 + i % 26)}" for i in range(start, start + 400))
+    """Words that are few tokens: the first guess at how much text validation needs is too small."""
+    word = 2 * "internationalization"
     trained_on = []
 
     def spy(batches, vocab_size, train=prepare.Tokenizer.train):
@@ -93,11 +92,13 @@ def test_the_tokenizer_never_sees_scored_text(home, tmp_path, monkeypatch):
         return train(trained_on[-1], vocab_size)
 
     monkeypatch.setattr(prepare.Tokenizer, "train", spy)
-    benchmark, _ = prepare_text(tmp_path, files, "--val-rows", "60")
-    tokenizer = prepare.Tokenizer.load(benchmark.path)
+    benchmark, _ = prepare_text(tmp_path, {f"{i}.txt": f"{word}{i} " * 100 for i in range(99)}, "--val-rows", "60")
     assert len(trained_on) > 1
-    unseen = set(files.values()).difference(*trained_on[-1])
-    assert sum(len(tokenizer.encode(text)) + 1 for text in unseen) >= (60 + 3) * 33  # all that was scored was set aside
+    seen = {document.split()[0] for document in itertools.chain(*trained_on[-1])}
+    for split, scored in (("val", True), ("holdout", True), ("train", False)):
+        text = prepare.Tokenizer.load(benchmark.path).decode(benchmark.rows(split).ravel())
+        words = set(re.findall(rf"{word}\d+(?= )", text))
+        assert words and words.isdisjoint(seen) == scored
 
 
 def test_text_that_grows_while_it_is_read(home, tmp_path, monkeypatch):
