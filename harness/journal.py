@@ -143,9 +143,10 @@ def refuse_unwritable(folder):
     trial = folder / f"writable.{os.getpid()}.tmp"
     try:
         trial.write_text("yes")
-        trial.unlink()
     except OSError as error:
         raise SystemExit(f"cannot write to AUTORESEARCH_HOME: {explain(error)}") from None
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def record_run(folder, run, model):

@@ -167,7 +167,7 @@ def story_numbers(benchmark, split):
 SHARD, VALIDATION = "shard_00000.parquet", f"shard_{prepare.VALIDATION_SHARD:05}.parquet"
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Mirror(http.server.BaseHTTPRequestHandler):
     """Serves `files`; `faults` are functions that spoil the next answers for SHARD."""
 
     def do_GET(self):
@@ -200,7 +200,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def serving():
     """A server with a training shard and the one that is scored."""
     files = {SHARD: parquet(stories(0, 900)), VALIDATION: parquet(stories(10 * prepare.VALIDATION_SHARD, 900))}
-    handler = type("Handler", (Hub,), {"files": files, "faults": [], "seen": []})
+    handler = type("Handler", (Mirror,), {"files": files, "faults": [], "seen": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     handler.url = f"http://127.0.0.1:{server.server_port}"
@@ -210,7 +210,7 @@ def serving():
 
 
 @pytest.fixture
-def hub(home, tmp_path, monkeypatch):
+def mirror(home, tmp_path, monkeypatch):
     """A stand-in for huggingface.co, and nothing of the user's own."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))

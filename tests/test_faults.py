@@ -42,7 +42,7 @@ def full_disk(size):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_while_preparing(hub, home, book):
+def test_a_full_disk_while_preparing(mirror, home, book):
     for size, arguments in ((20_000, book), (30_000, ONE_SHARD)):
         with full_disk(size):
             refused("fix it and run this again", prepare.main, arguments)
@@ -50,7 +50,7 @@ def test_a_full_disk_while_preparing(hub, home, book):
     for arguments in (book, ONE_SHARD):
         prepare.main(arguments)
         assert every_byte()
-    assert snapshot(home / "downloads" / "climbmix") == hub.files
+    assert snapshot(home / "downloads" / "climbmix") == mirror.files
 
 
 def test_a_full_disk_while_recording(own, capsys):

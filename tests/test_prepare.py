@@ -125,10 +125,10 @@ def test_a_line_of_200_megabytes(home, tmp_path):
     assert counts["documents"] == 13 and 0.99 * total < packed <= total
 
 
-def test_climbmix(hub, monkeypatch):
+def test_climbmix(mirror, monkeypatch):
     """Its scored rows are those of the reference: documents enter 128 at a time, never across a row group of 200."""
     for shard in (1, 2):
-        hub.files[f"shard_{shard:05}.parquet"] = parquet(stories(1000 * shard, 900))
+        mirror.files[f"shard_{shard:05}.parquet"] = parquet(stories(1000 * shard, 900))
     validation = 10 * prepare.VALIDATION_SHARD
     monkeypatch.setattr(packing, "PACKING_BUFFER", 100)
     prepare.main([*ONE_SHARD, "--num-shards", "3"])
@@ -142,11 +142,11 @@ def test_climbmix(hub, monkeypatch):
     assert np.array_equal(benchmark.rows("holdout"), expected[6:])  # the same stream goes on
     assert max(story_numbers(benchmark, "train")) < validation
     prepare.main([*ONE_SHARD, "--num-shards", "3", "--vocab-size", "280"])
-    assert len(hub.seen) == 4  # every file was fetched once
+    assert len(mirror.seen) == 4  # every file was fetched once
 
 
-def test_tinystories(hub):
-    hub.files[prepare.TINYSTORIES_FILE] = parquet(stories(0, 3000))
+def test_tinystories(mirror):
+    mirror.files[prepare.TINYSTORIES_FILE] = parquet(stories(0, 3000))
     prepare.main(["--dataset", "tinystories", *TINY])
     val, holdout, train = (story_numbers(prepare.load_benchmark(), split) for split in ("val", "holdout", "train"))
     assert max(val) < min(holdout) and max(holdout) < min(train) and max(train) == 2999

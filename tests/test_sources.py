@@ -318,10 +318,10 @@ RECOVERS = {
 
 
 @pytest.mark.parametrize("fault", RECOVERS)
-def test_a_download_recovers(hub, fetch, fault):
-    hub.faults += RECOVERS[fault]
-    assert fetch() == hub.files
-    ranges = [part for name, part, _ in hub.seen if name == SHARD]
+def test_a_download_recovers(mirror, fetch, fault):
+    mirror.faults += RECOVERS[fault]
+    assert fetch() == mirror.files
+    ranges = [part for name, part, _ in mirror.seen if name == SHARD]
     assert len(ranges) == len(RECOVERS[fault]) + (fault != "no ranges")
     if fault in ("cut off", "no ranges"):
         assert all(ranges[1:]), "the next request goes on where the last ended"
@@ -340,9 +340,9 @@ FAILS = {  # words of the line that refuses it: what the server answers
 
 
 @pytest.mark.parametrize("words", FAILS)
-def test_a_download_fails_by_name(hub, fetch, tmp_path, monkeypatch, words):
+def test_a_download_fails_by_name(mirror, fetch, tmp_path, monkeypatch, words):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.faults += [FAILS[words]] * 9
+    mirror.faults += [FAILS[words]] * 9
     line = refused(fetch)
     assert re.search(f"could not download .*{SHARD}: .*{words}.* run this again", line) and "hf_secret" not in line
     assert not (tmp_path / "downloads" / SHARD).exists()
@@ -356,23 +356,23 @@ SETTINGS = {  # that end it at once: words of the line
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_bad_settings(hub, fetch, monkeypatch, setting):
+def test_bad_settings(mirror, fetch, monkeypatch, setting):
     monkeypatch.setenv(*setting.split("="))
     assert SETTINGS[setting] in refused(fetch)
-    assert not hub.seen
+    assert not mirror.seen
 
 
 @pytest.mark.parametrize(("asked", "pause"), [("7", 7), ("3600", 60)])
-def test_retry_after_is_obeyed_up_to_a_minute(hub, fetch, monkeypatch, asked, pause):
+def test_retry_after_is_obeyed_up_to_a_minute(mirror, fetch, monkeypatch, asked, pause):
     pauses = []
     monkeypatch.setattr("urllib3.util.retry.time.sleep", pauses.append)
-    hub.faults += [status(429, Retry_After=asked)]
-    assert fetch([SHARD]) == {SHARD: hub.files[SHARD]}
+    mirror.faults += [status(429, Retry_After=asked)]
+    assert fetch([SHARD]) == {SHARD: mirror.files[SHARD]}
     assert pauses == [pause]
 
 
 @pytest.mark.parametrize("source", ["HF_TOKEN", "hf auth login"])
-def test_the_token_is_sent_to_the_hub_alone(hub, fetch, tmp_path, monkeypatch, capfd, source):
+def test_the_token_is_sent_to_the_hub_alone(mirror, fetch, tmp_path, monkeypatch, capfd, source):
     """Not to where that redirects, and in place of a password in .netrc."""
     write_files(tmp_path, {".netrc": "machine 127.0.0.1 login me password word\n"})
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
@@ -381,31 +381,31 @@ def test_the_token_is_sent_to_the_hub_alone(hub, fetch, tmp_path, monkeypatch, c
     else:
         (tmp_path / "token").write_text("hf_secret\n")
     with serving() as store:
-        hub.faults += [status(302, Location=f"{store.url.replace('127.0.0.1', 'localhost')}/{SHARD}")]
-        assert fetch() == hub.files
+        mirror.faults += [status(302, Location=f"{store.url.replace('127.0.0.1', 'localhost')}/{SHARD}")]
+        assert fetch() == mirror.files
         assert store.seen == [(SHARD, None, None)]
-    assert {authorization for _, _, authorization in hub.seen} == {"Bearer hf_secret"}
+    assert {authorization for _, _, authorization in mirror.seen} == {"Bearer hf_secret"}
     assert "hf_secret" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_files_in_the_cache_of_hugging_face(hub, fetch, tmp_path, monkeypatch, offline):
+def test_files_in_the_cache_of_hugging_face(mirror, fetch, tmp_path, monkeypatch, offline):
     """Where `hf download` puts them."""
     repository = tmp_path / "cache" / "datasets--karpathy--climbmix-400b-shuffle"
-    write_files(repository, {"refs/main": "0123", f"snapshots/0123/{SHARD}": hub.files[SHARD]})
+    write_files(repository, {"refs/main": "0123", f"snapshots/0123/{SHARD}": mirror.files[SHARD]})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    assert fetch([SHARD]) == {SHARD: hub.files[SHARD]}
-    assert not hub.seen
+    assert fetch([SHARD]) == {SHARD: mirror.files[SHARD]}
+    assert not mirror.seen
     if offline:
         folders = f"{tmp_path}/downloads nor in {tmp_path}/cache"
         assert refused(fetch).startswith(f"{VALIDATION} is neither in {folders}, and HF_HUB_OFFLINE")
-        assert not hub.seen
+        assert not mirror.seen
 
 
 # Downloads that end
 
 
-def test_a_failure_ends_it_although_another_file_stalls(hub, fetch, monkeypatch):
+def test_a_failure_ends_it_although_another_file_stalls(mirror, fetch, monkeypatch):
     begun, end, ended = threading.Event(), threading.Event(), []
 
     def download(session, url, path, stop):
@@ -421,10 +421,10 @@ def test_a_failure_ends_it_although_another_file_stalls(hub, fetch, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_download_goes_on(hub, fetch, tmp_path, kind):
+def test_an_interrupted_download_goes_on(mirror, fetch, tmp_path, kind):
     """The first answer stalls in mid-file; there the process is stopped, and ends before the stall does."""
     end = threading.Event()
-    hub.faults.append(lambda handler, content: (handler.answer(content, end=20_000), end.wait(100)))
+    mirror.faults.append(lambda handler, content: (handler.answer(content, end=20_000), end.wait(100)))
     code = "import pathlib, sys\nfrom harness import downloads\ndownloads.TIMEOUT = (10, 1000)\n"
     code += "downloads.fetch(pathlib.Path(sys.argv[1]), 'climbmix', sys.argv[2:])"
     home = {"HF_HOME": str(tmp_path / "hf")}
@@ -438,5 +438,5 @@ def test_an_interrupted_download_goes_on(hub, fetch, tmp_path, kind):
         assert (process.returncode, errors) == (130, "") and "run this again" in output
     else:
         assert process.returncode == -kind
-    assert fetch() == hub.files
-    assert (SHARD, "bytes=16384-", None) in hub.seen
+    assert fetch() == mirror.files
+    assert (SHARD, "bytes=16384-", None) in mirror.seen
