@@ -88,9 +88,7 @@ def git(*words):
         result = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, errors="replace")
     except OSError:  # not installed
         return None
-    if result.returncode != 0:
-        return None
-    return result.stdout.strip()
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 # --------------------------------------
