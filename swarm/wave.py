@@ -153,10 +153,7 @@ def collect(wait):
             print(describe(result))
         else:
             print(f"{result['job']} {jobs[result['job']].status.value.lower()}")
-    if any(result["state"] in ("scored", "crash") for result in ended):
-        print("next: uv run ledger.py")
-    elif len(ended) < len(out):
-        print(f"next: {COMMAND} collect")
+    print("next: uv run ledger.py")
 
 
 def fetch(client, address, job):

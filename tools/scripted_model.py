@@ -40,13 +40,14 @@ class ScriptedModel:
         return f"call_step_{len(self.came):04}"
 
     def came_back(self, result, error=False):
-        changed = [
-            path.name for path, before in self.watched.items() if not path.is_file() or path.read_bytes() != before
-        ]
+        """The result of the step is here. Puts the watched files back, and keeps the names of those that changed."""
+        changed = []
         for path, before in self.watched.items():
-            path.write_bytes(before)
-        name, self.step = self.step["name"], None
-        self.came[name] = {"result": result, "error": error, "changed": changed}
+            if not path.is_file() or path.read_bytes() != before:
+                changed.append(path.name)
+                path.write_bytes(before)
+        self.came[self.step["name"]] = {"result": result, "error": error, "changed": changed}
+        self.step = None
 
     def next_step(self):
         """The next step with its command filled in, or None."""
@@ -57,6 +58,7 @@ class ScriptedModel:
         if self.step is None:
             return None
 
+        # {{name:regex}}: a part of an earlier result
         def found(match):
             hit = re.search(match[2], self.came[match[1]]["result"], re.M)
             return hit[1] if hit else "NOT-FOUND"
@@ -85,6 +87,8 @@ def claude_turn(model, body):
     block = {"type": "text", "text": "done"}
     start, delta = block | {"text": ""}, {"type": "text_delta", "text": "done"}
     stop = {"stop_reason": "end_turn", "stop_sequence": None}
+
+    # the result of the last call is somewhere in the conversation, which is sent whole each time
     if {"Bash", "Edit"} <= {tool["name"] for tool in body.get("tools", [])}:
         contents = [message["content"] for message in body["messages"] if isinstance(message["content"], list)]
         for part in sum(contents, []):
@@ -95,6 +99,8 @@ def claude_turn(model, body):
             block = {"type": "tool_use", "id": model.call, "name": name, "input": given}
             start, delta = block | {"input": {}}, {"type": "input_json_delta", "partial_json": json.dumps(given)}
             stop["stop_reason"] = "tool_use"
+
+    # the same turn as a message, and as the events of a stream
     usage = {"input_tokens": 100, "output_tokens": 10}
     message = {"id": "msg", "type": "message", "role": "assistant", "model": body.get("model"), "content": [], **stop}
     events = [
@@ -110,6 +116,7 @@ def claude_turn(model, body):
 
 def codex_turn(model, body):
     """As claude_turn. A command that takes long comes back while it runs, in pieces that are asked for one by one."""
+    # pieces of the result so far; the last one says whether the command still runs
     pieces = [
         text_of(item["output"])
         for item in body["input"]
@@ -119,6 +126,8 @@ def codex_turn(model, body):
     if pieces and not running:
         model.came_back("".join(pieces))
         pieces = []
+
+    # a call, of this step or for the next piece; at the end a text
     step = model.next_step()
     call = {"id": f"item_{model.call}_{len(pieces)}", "call_id": f"{model.call}_{len(pieces)}", "status": "completed"}
     if step is None:
@@ -128,6 +137,7 @@ def codex_turn(model, body):
         given = {"session_id": int(running[1]), "chars": "", "yield_time_ms": TIMEOUT}
         item = {"type": "function_call", "name": "write_stdin", "arguments": json.dumps(given), **call}
     else:
+        # Codex has a shell alone: it reads and edits with commands
         command = step["bash"]
         if "read" in step:
             command = f"head -n 20 {step['read']}"
@@ -138,6 +148,8 @@ def codex_turn(model, body):
             command = "\n".join(["apply_patch <<'PATCH'", *patch, "PATCH"])
         given = {"cmd": command, "yield_time_ms": step.get("timeout", TIMEOUT)}
         item = {"type": "function_call", "name": "exec_command", "arguments": json.dumps(given), **call}
+
+    # the same turn as a response, and as the events of a stream
     usage = {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110}
     answer = {"id": "resp", "object": "response", "status": "completed", "output": [item], "usage": usage}
     events = [
