@@ -297,7 +297,7 @@ def test_adopt_refuses(two):
     refuses("f" * 12, "f names no result here")
     refuses(bob.git("rev-parse", "main"), "names no result here")
     refuses(start, "the same train.py as HEAD")
-    refuses(ada.head(), "has no train.py that is a file")
+    refuses(ada.head(), "is not a file")
     hook = add_hook(bob.folder / ".git", "pre-commit", "echo error: never\nexit 1")
     refuses(good, "git refuses to commit it: error: never")
     hook.unlink()
@@ -311,7 +311,7 @@ def test_adopt_refuses(two):
 def test_join_refuses(hub):
     ada = Member(hub, "ada")
     ada.edit((r"\Z", "# more\n"))
-    assert "tracked files have changes" in ada.hub(*ada.joining, code=1)
+    assert "uncommitted changes" in ada.hub(*ada.joining, code=1)
     ada.git("checkout", "train.py")
     assert "no hub here" in ada.hub("look", code=1)
     elsewhere = ["join", f"{hub.folder}-typo", *ada.joining[2:]]

@@ -119,7 +119,7 @@ def test_a_night_by_program(agent):
     assert agent.run("ledger.py", "open").returncode == 1
     for arguments in ([], ["--time-budget", "900"]):
         process = agent.run("prepare.py", *arguments)
-        assert process.returncode == 1 and "leave the branch first" in process.stderr
+        assert process.returncode == 1 and "git checkout --detach" in process.stderr
 
     # every run has its row, and the branch holds the keeps
     rows, problems = read_rows(agent.folder / "results.tsv")

@@ -21,7 +21,7 @@ import pytest
 from conftest import WEAK, Agent, new_repository, replace, wait_for, weaken
 
 import prepare
-from harness.journal import SLOW_FLAG, read_journal
+from harness.journal import read_journal
 from swarm import cluster, wave, worktrees
 from swarm.job import RESULT, TRAINING, judge
 
@@ -71,7 +71,7 @@ def test_names_of_commits(folder):
         ("deeper" + unknown, worktrees.find_commit, ["deeper", first, [first]]),  # it was moved out of the night
         ("there is no wave/wider", worktrees.commit, ["wider", "an idea"]),
         ("wave/deeper/train.py has no changes", worktrees.commit, ["deeper", "an idea"]),
-        ("wave/deeper is there", worktrees.new, ["deeper"]),
+        ("wave/deeper exists", worktrees.new, ["deeper"]),
     ]
     for reason, function, arguments in refused:
         with pytest.raises(SystemExit, match=f"^{reason}"):
@@ -106,14 +106,15 @@ def test_the_command_of_a_job():
 
 OUT = {"commit": "a" * 40, "seed": 1, "attempt": 1, "state": "out", "job": "night-aaaaaaa-1-1"}
 LOST, SCORED = OUT | {"state": "lost"}, OUT | {"state": "scored", "val_bpb": 1.0}
+DISTURBED = {"time": "first"}
 ATTEMPTS = {  # results -> the number of the next attempt, if there is one
     "first": ([], 1),
     "out": ([OUT], None),
     "another seed is out": ([OUT | {"seed": 2}], 1),
     "another commit is out": ([OUT | {"commit": "b" * 40}], 1),
     "scored": ([SCORED], None),
-    "scored, hardly disturbed": ([SCORED | {"slow_steps_percent": SLOW_FLAG}], None),
-    "disturbed": ([SCORED | {"slow_steps_percent": SLOW_FLAG + 0.1}], 2),
+    "disturbed": ([SCORED | DISTURBED], 2),
+    "disturbed, then well": ([SCORED | DISTURBED, SCORED | {"attempt": 2, "time": "later"}], None),
     "crash": ([OUT | {"state": "crash"}], None),
     "lost ten times": ([LOST, LOST | {"attempt": 10}, LOST | {"attempt": 2}], 11),
     "lost, then out": ([LOST, OUT | {"attempt": 2}], None),
@@ -122,7 +123,7 @@ ATTEMPTS = {  # results -> the number of the next attempt, if there is one
 
 @pytest.mark.parametrize("results, attempt", ATTEMPTS.values(), ids=ATTEMPTS)
 def test_what_is_sent_again(results, attempt):
-    number, reason = wave.next_attempt("a" * 40, 1, results)
+    number, reason = wave.next_attempt("a" * 40, 1, results, [SCORED | DISTURBED])
     assert (bool(reason), number or None) == (attempt is None, attempt)
 
 
@@ -354,7 +355,7 @@ def test_a_wave(agent, second_node, prepared):
     guest = Sender(agent.folder.parent / "guest", agent.environment | {"RAY_API_SERVER_ADDRESS": address}, {})
     agent.git("clone", "-q", ".", str(guest.folder))
     assert f"cluster: {address}, nodes: 1" in guest.wave("start")
-    assert "it goes on" in guest.wave("stop")
+    assert "keeps running" in guest.wave("stop")
     assert "has ended" in agent.wave("stop")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", urlsplit(address).port))
