@@ -556,7 +556,7 @@ def build_model(benchmark, setup):
 
 
 def rehearse(benchmark, setup, shapes, accumulation):
-    """Compile, and fill the memory with a throwaway model: two steps per shape (rows, T), then two scoring passes."""
+    """Compile, and fill the memory with a throwaway model: two steps per shape (rows, T), scoring in the first one."""
     model = build_model(benchmark, setup)
     optimizers = build_optimizers(model)
     for shape in shapes:

@@ -131,6 +131,7 @@ class Session:
 
 
 def print_result(result):
+    # a run that failed has no summary
     if "error" in result:
         print(f"{result['kind']:<8} {result['name']:<12} seed {result['seed']}: {result['error']}", flush=True)
         return

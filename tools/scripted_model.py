@@ -172,9 +172,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        # besides turns, both clients ask how many tokens a text has
         turn = TURNS.get(self.path.split("?")[0].rpartition("/")[2])
         if turn is None:
             return self.reply(json.dumps({"input_tokens": 1000}))
+
+        # without money both APIs refuse every turn
         if self.model.is_out:
             error = {"type": "invalid_request_error", "message": "Your credit balance is too low"}
             return self.reply(json.dumps({"type": "error", "error": error}), status=400)
