@@ -12,6 +12,7 @@ import subprocess
 import matplotlib
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, HEADER, NIGHT, ROOT, copy_harness, journal_of
@@ -114,6 +115,9 @@ def test_labels_do_not_collide(cells):
     assert [int(text.get_text()) for text in numbers] == list(range(1, 32))
     boxes = [text.get_window_extent(renderer) for text in numbers]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    dots = np.concatenate([runs.get_offsets() for runs in figure.axes[0].collections])
+    places = figure.axes[0].transData.transform(dots)
+    assert len(dots) == 202 and not any(box.contains(x, y) for box in boxes for x, y in places)
     (descriptions,) = figure.texts
     assert descriptions.get_text().count("a long story") == 9 * 30, "none is cut"
     box = descriptions.get_window_extent(renderer)
