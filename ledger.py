@@ -165,7 +165,8 @@ def add(folder, description, forced=None):
     if forced == "crash" and counted:
         raise SystemExit("--crash is for a run without a score: use --discard")
     scores = scores_of(night.rows, counted)
-    description = description or describe(night)
+    # rows end with the seed of their run, whoever typed one
+    description = re.sub(r", seed \d+$", "", description or describe(night))
     if counted and ends_night(counted[0], night):
         description = f"{description.removesuffix(', final')}, final"
     if forced == "keep" and night.head not in kept_commits(night):
@@ -175,11 +176,11 @@ def add(folder, description, forced=None):
         description += ", dropped"
     rows = [row_of(run, status, description) for run in counted]
     rows += crash_rows(night, description, forced)
+
+    # the gain, and what asks for a look, before anybody believes it; and why a run does not count
+    print_commit(folder, night, kept_commits(night)[-1], scores)
     if not rows:
         raise SystemExit(f"nothing to add: {night.head} has no run without a row; see `uv run ledger.py`")
-
-    # the gain, and what asks for a look, before anybody believes it
-    print_commit(folder, night, kept_commits(night)[-1], scores)
     write_rows(folder, rows, problems)
 
 

@@ -9,7 +9,7 @@ from harness.journal import find_home, git, now, read_journal
 from night.checks import running_training
 from night.rows import Row, append_rows, read_rows
 from night.waves import add_runs, read_jobs
-from night.worth import FINAL_SEEDS, Night, counting
+from night.worth import FINAL_SEEDS, Night, counting, discards_below
 
 LOG_BYTES = 100_000  # of a log, at either end: a run may print what it likes
 
@@ -61,6 +61,8 @@ def load_night(folder):
     if not (folder / "results.tsv").exists():
         problems.append("results.tsv was lost, and is rebuilt from the journal and git")
         rebuild(folder, night)
+    for commit in discards_below(night):
+        problems.append(f"HEAD stands on {commit}, which was not kept: its change is in this one, too")
     return night, record, problems
 
 

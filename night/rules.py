@@ -162,6 +162,8 @@ def with_an_idea(night, last_keep):
         return None
     scores = scores_of(night.rows)
     seeds = seeds_of(night.head, night)
+    if night.changed and night.head in scores:
+        return Step(f"# note your idea, then drop it: {DROP}", "new ideas start from the last keep")
     if night.changed:
         return Step("# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
     if not seeds and not is_over(night):
@@ -170,7 +172,9 @@ def with_an_idea(night, last_keep):
     if is_open and verdict(night.head, last_keep, scores) == "promising":
         return run_step(night, first_free(seeds), "promising: the second run decides")
     store = f"git update-ref refs/tries/{night.head} {night.head}"
-    reason = "it is not kept: store it and go back (if it is simpler, run seed 2 first: see the table)"
+    reason = "it is not kept: store it and go back"
+    if is_open and len(seeds) == 1:
+        reason += " (if it is simpler, run seed 2 first: see the table)"
     return Step(f"{store} && git reset -q --keep {last_keep}", reason)
 
 

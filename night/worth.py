@@ -225,6 +225,19 @@ def kept_commits(night):
     return list(dict.fromkeys([night.start, *kept]))
 
 
+def discards_below(night):
+    """The commits below HEAD, down to what was kept, that were scored and not kept: somebody forgot to go back."""
+    kept = kept_commits(night)
+    scores = scores_of(night.rows)
+    found = []
+    for commit in night.lineage:
+        if commit in kept:
+            found.clear()
+        elif commit in scores and commit != night.head:
+            found.append(commit)
+    return found
+
+
 def confirmed_gain(night):
     """The gain of the last keep over the baseline with the seeds that selected nothing; NaN until both have run."""
     means = []

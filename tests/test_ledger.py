@@ -273,7 +273,7 @@ def test_add_writes_rows_by_the_rule(clone):
     clone.scored(0.6, 3, dirty=True)
     text = clone.status()
     assert "noise floor: 0.010000, pooled" in text and "gain +0.400000, does not count\n" in text
-    assert f"added: {idea} 0.985000 keep, wider, seed 2\n" in clone.add("wider")
+    assert f"added: {idea} 0.985000 keep, wider, seed 2\n" in clone.add("wider, seed 2")
 
     # final runs do not move what is to beat
     clone.write("night.json", (clone.folder / "night.json").read_text().replace("never", "5"))
@@ -289,6 +289,19 @@ def test_add_drops_what_is_promising(clone):
     clone.scored(0.98)
     assert "discard, wider, dropped, seed 1" in clone.add("wider", "discard")
     assert clone.next() == back(idea, start)
+
+
+def test_a_try_on_top_of_a_discard_is_named(clone):
+    """Somebody forgot to go back."""
+    clone.baseline()
+    forgotten = clone.commit()
+    clone.scored(1.1)
+    assert "stands on" not in clone.add("worse") + clone.status()
+    clone.commit()
+    assert f"warning: HEAD stands on {forgotten}, which was not kept" in clone.status()
+    clone.scored(0.9)
+    clone.scored(0.9, 2)
+    assert "stands on" in clone.add("better") and "stands on" not in clone.status()
 
 
 REFUSED = {
