@@ -65,17 +65,18 @@ def test_an_honest_night(cells, tmp_path):
     kept = found["kept"]
     assert list(kept.index) == ["aaaaaaa", "bbbbbbb", "eeeeeee"]
     assert list(kept["row"]) == [0, 3, 7], "the last runs leave the picture as it was"
-    assert list(kept["val_bpb"]) == pytest.approx([6.011 / 6, 0.99, 0.9865])
-    assert list(kept["gain"])[1:] == pytest.approx([6.011 / 6 - 0.99, 0.0035])
+    assert list(kept["val_bpb"]) == pytest.approx([1.00025, 0.99, 0.988])
+    assert list(kept["gain"])[1:] == pytest.approx([0.01025, 0.002])
     assert list(kept["verdict"]) == ["", "clears the noise", "within the noise"]
     assert len(found["matched"]) == 12 and found["unlisted"] == []
     for words in (
         "13 runs: 10 keep, 2 discard, 1 crash",
-        "4 ideas after the baseline, 2 kept: keep rate 50%",
+        "ideas after the baseline: 4, kept: 2, keep rate 50%",
         "30.0 experiments per hour",
         "a typo",
         "no samples: there is no best.pt to load",
-        "the gain is real",
+        "baseline 1.000250, noise floor 0.002958\n",
+        "Validation gained 0.020000, the holdout 0.020000: the gain is real.\n",
         "Drift: the baseline, run again, -0.001000 with the same seed.",
         "Fresh seeds: 0.010000 and 0.030000, on the holdout 0.010000 and 0.030000\n",
         "1 disturbed runs (slow steps): bbbbbbb\n",
@@ -155,7 +156,7 @@ def test_the_audit_finds_what_does_not_agree(cells):
     [
         ("0.987000", -0.003, "only part of the gain carries over to other text."),
         ("0.987000", +0.010, "the gain does not carry over to other text."),
-        ("0.998000", -0.002, "all of it is within the noise"),
+        ("0.998000", -0.002, "all of it is within the noise; more"),
     ],
 )
 def test_verdict(cells, score, holdout, words):
