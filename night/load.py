@@ -16,7 +16,7 @@ LOG_BYTES = 100_000  # of a log, at either end: a run may print what it likes
 # The last line of a log that was cut off: no score and no error, so the run was killed and proves nothing
 UNFINISHED = (
     r"(step \d|commit \w|CPU:|COMPILE:|DEVICE_BATCH_SIZE:|attention:|KeyboardInterrupt)"
-    r"|.*compiling what is new$|\S+ has no gradient"
+    r"|.*compiling what is new|\S+ has no gradient"
 )
 
 
