@@ -76,9 +76,11 @@ def lock_folder():
 
 
 def explain(error):
-    """An OSError in words, with the way out where a file system has no locks."""
+    """An OSError in words, with the way out."""
     if error.errno in NO_LOCKS:
         return f"{error}: no locks here, as on some NFS; set AUTORESEARCH_HOME to a folder on a local disk"
+    if isinstance(error, PermissionError):
+        return f"{error}; set AUTORESEARCH_HOME to a folder that you can write to"
     return f"{error}; fix it and run this again"
 
 

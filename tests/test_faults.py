@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from unittest import mock
 
@@ -73,6 +74,13 @@ def test_a_full_disk_while_recording(own, capsys):
 def test_a_home_that_is_no_folder(home, book):
     home.write_text("")
     refused(str(home), prepare.main, book)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder where not even root may write")
+def test_a_home_that_cannot_be_written_to(monkeypatch, book):
+    """As of a user without a home, in a container."""
+    monkeypatch.setattr(prepare, "HOME", prepare.Path("/sys/autoresearch"))
+    refused("set AUTORESEARCH_HOME to a folder that you can write to", prepare.main, book)
 
 
 # --------------------------------------
