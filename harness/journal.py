@@ -21,7 +21,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent  # of the repository
 COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # that torch calls, unless $CXX names another
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
+NO_HOME = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # no writing, no locks
 
 NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that program.md names
 LATE_FLAG = 1.02  # times the budget: a run that trained for longer is flagged
@@ -77,10 +77,8 @@ def lock_folder():
 
 def explain(error):
     """An OSError in words, with the way out."""
-    if error.errno in NO_LOCKS:
-        return f"{error}: no locks here, as on some NFS; set AUTORESEARCH_HOME to a folder on a local disk"
-    if isinstance(error, PermissionError):
-        return f"{error}; set AUTORESEARCH_HOME to a folder that you can write to"
+    if error.errno in NO_HOME:
+        return f"{error}; set AUTORESEARCH_HOME to a folder on a local disk that you can write to"
     return f"{error}; fix it and run this again"
 
 

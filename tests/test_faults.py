@@ -80,7 +80,7 @@ def test_a_home_that_is_no_folder(home, book):
 def test_a_home_that_cannot_be_written_to(monkeypatch, book):
     """As of a user without a home, in a container."""
     monkeypatch.setattr(prepare, "HOME", prepare.Path("/sys/autoresearch"))
-    refused("set AUTORESEARCH_HOME to a folder that you can write to", prepare.main, book)
+    refused("set AUTORESEARCH_HOME to a folder on a local disk that you can write to", prepare.main, book)
 
 
 # --------------------------------------
