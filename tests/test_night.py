@@ -234,6 +234,10 @@ def test_next_step(name):
     assert word in step.reason
 
 
+def test_a_second_run_that_is_not_kept_asks_for_no_other():
+    assert next_step(NIGHTS["it does not"][0]).reason == "it is not kept: store it and go back"
+
+
 STATES = [state for state, _, _ in NIGHTS.values()]
 MIXED = {"tag": st.just("test"), "subject": st.text()}
 for field in vars(STATES[0]).keys() - MIXED:

@@ -107,7 +107,8 @@ def test_awkward_ledgers_are_shown(cells, name):
 def test_labels_do_not_collide(cells):
     """Of 30 keeps side by side, some with equal scores, in a long night; all of the list is in the picture."""
     rows = [f"aaaaaaa\t1.0\t1\tkeep\tbaseline, seed {seed}\n" for seed in (1, 2, 3)]
-    rows += [f"{i:07}\t{1 - i // 3 * 0.001}\t1\tkeep\t{'a long story ' * 9}\n" for i in range(1, 31)]
+    for i in range(1, 31):  # each has two runs, and its number belongs between them
+        rows += [f"{i:07}\t{1 - i // 3 * 0.001 + more}\t1\tkeep\t{'a long story ' * 9}\n" for more in (0, 0.0006)]
     rows += [f"{i:07}\t1.0\t1\tdiscard\tx\n" for i in range(31, 200)]
     figure = cells(HEADER + "".join(rows))[0]["figure"]
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -118,7 +119,7 @@ def test_labels_do_not_collide(cells):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     dots = np.concatenate([runs.get_offsets() for runs in figure.axes[0].collections])
     places = figure.axes[0].transData.transform(dots)
-    assert len(dots) == 202 and not any(box.contains(x, y) for box in boxes for x, y in places)
+    assert len(dots) == 232 and not any(box.contains(x, y) for box in boxes for x, y in places)
     (descriptions,) = figure.texts
     assert descriptions.get_text().count("a long story") == 9 * 30, "none is cut"
     box = descriptions.get_window_extent(renderer)
