@@ -60,6 +60,14 @@ def start(*command, **options):
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes, **options)
 
 
+def refused(function, *arguments):
+    """The one line that ends a command."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    assert len(str(stop.value).splitlines()) == 1
+    return str(stop.value)
+
+
 def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 

@@ -125,7 +125,7 @@ def lines(*steps):
     return [bash(place, line) for place, line in enumerate(steps)]
 
 
-class Researcher:
+class Player:
     """
     Plays the model. It knows nothing but what `uv run ledger.py` says, does the command after `next:`, and where it is
     its turn tries the next of its edits. It ends its turn after `runs` trainings, or when the night is over.
@@ -172,7 +172,7 @@ def test_the_night_goes_on(client):
         sessions += 1
         assert sessions < 9, "the night does not end"
         runs = {1: 2}.get(sessions, 99)
-        with client.session(Researcher(client.path("train.py"), edits, runs)) as (process, model):
+        with client.session(Player(client.path("train.py"), edits, runs)) as (process, model):
             model.is_out = sessions in (2, 3, 4)
             if sessions == 5:
                 log.unlink()
@@ -193,7 +193,7 @@ def test_the_night_goes_on(client):
     assert "Co-Authored-By" not in client.git("log", "--all", "--format=%B")
 
 
-def test_a_hub(client, tmp_path):
+def test_a_client_joins_a_hub(client, tmp_path):
     """An agent joins, runs its baseline, tells what it will try, and shares its row."""
     bare = tmp_path / "hub.git"
     client.git("clone", "-q", "--bare", ".", str(bare))
@@ -213,7 +213,7 @@ def test_a_hub(client, tmp_path):
     assert client.git("-C", str(bare), "branch", "--list", "autoresearch/night/ada") != ""
 
 
-def test_a_wave(client):
+def test_a_client_sends_a_wave(client):
     """The baseline and an idea in a worktree, sent to a cluster of this machine."""
     pytest.importorskip("ray", reason="needs the dependency group `cluster`")
     wave = "uv run --group cluster swarm/wave.py"

@@ -34,7 +34,7 @@ def edited(added="", edits=(), **constants):
 
 
 @pytest.fixture(autouse=True)
-def counted(benchmark, monkeypatch):
+def twenty_steps(benchmark, monkeypatch):
     """The benchmark's 3 seconds are 20 steps in float32, however long they take."""
     monkeypatch.setattr(prepare.TrainingClock, "elapsed", property(lambda clock: 3 * len(clock.ticks) / 20.5))
     monkeypatch.setattr(prepare, "LATE_LIMIT", math.inf)
@@ -49,7 +49,7 @@ def eager_backend(monkeypatch):
     torch._dynamo.reset()
 
 
-def build(module, benchmark, dtype=torch.float32, compiled=False):
+def build_edited(module, benchmark, dtype=torch.float32, compiled=False):
     return module.build_model(benchmark, runtime.Setup(CPU, dtype, module.banded, compiled))
 
 
@@ -140,7 +140,7 @@ def test_an_edit_trains_all_that_it_adds_and_is_scored(kind, benchmark, eager_ba
     run, scored = recorded[0]
     assert run["steps"] == summary["num_steps"] == 20
 
-    model = build(module, benchmark)
+    model = build_edited(module, benchmark)
     trained = getattr(scored, "module", scored).state_dict()
     fresh = {name for name, weight in model.named_parameters() if torch.equal(weight, trained[name])}
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
@@ -171,7 +171,7 @@ GROUPS = [  # the edit, a parameter, its optimizer, its rate
 def test_a_parameter_trains_as_what_it_is(benchmark, kind, name, optimizer, rate):
     """And starts as what it was made."""
     module = edited(**EDITS[kind])
-    model = build(module, benchmark)
+    model = build_edited(module, benchmark)
     weight, (constant, factor) = model.get_parameter(name), rate
     places = []
     for owner in module.build_optimizers(model):
@@ -183,7 +183,7 @@ def test_a_parameter_trains_as_what_it_is(benchmark, kind, name, optimizer, rate
 
 def test_decay_of_matrices_fades_with_any_optimizer(benchmark):
     module = edited(**EDITS["AdamW"])
-    optimizers = module.build_optimizers(build(module, benchmark))
+    optimizers = module.build_optimizers(build_edited(module, benchmark))
     module.set_schedules(optimizers, 0.75)
     decays = {tuple(g["params"][0].shape): g["weight_decay"] for g in optimizers[0].param_groups if g["params"]}
     assert decays[256, 64] == pytest.approx(module.MATRIX_DECAY / 4) and decays[512, 64] == module.UNEMBEDDING_DECAY
@@ -191,7 +191,7 @@ def test_decay_of_matrices_fades_with_any_optimizer(benchmark):
 
 def test_flops_count_all_experts(benchmark):
     """Four of 2 x 64 x 32 weights each, and a router, in three blocks, where an MLP has 2 x 64 x 256."""
-    plain, experts = (build(edited(added), benchmark).flops_per_token(32) for added in ("", EXPERTS))
+    plain, experts = (build_edited(edited(added), benchmark).flops_per_token(32) for added in ("", EXPERTS))
     assert experts - plain == 3 * 6 * (4 * 2 * 64 * 32 + 64 * 4 - 2 * 64 * 256)
 
 
@@ -208,11 +208,11 @@ def test_an_edit_that_cannot_be_right_is_refused_by_name(benchmark, kind):
     edit, message = REFUSED[kind]
     module = edited(**edit)
     with pytest.raises((SystemExit, AssertionError), match=message):
-        module.build_optimizers(build(module, benchmark))
+        module.build_optimizers(build_edited(module, benchmark))
 
 
 def test_a_float32_factor_leaves_products_of_matrices_in_bfloat16(benchmark):
-    model = build(edited(edits=[(r"= block\(", "= torch.ones(MODEL_DIM) * block(")]), benchmark, torch.bfloat16)
+    model = build_edited(edited(edits=[(r"= block\(", "= torch.ones(MODEL_DIM) * block(")]), benchmark, torch.bfloat16)
     products, streams = set(), set()
     model.head.register_forward_hook(lambda module, inputs, output: streams.add(inputs[0].dtype))
     for module in model.modules():
@@ -257,14 +257,14 @@ def test_a_ramp_compiles_before_the_clock_starts_and_is_counted_as_it_is(benchma
     summary = module.main()
     assert set(shapes) == {(8, 64), (16, 32)}
     assert graphs[0] > 10 and set(graphs) == {graphs[0]}
-    model = build(module, benchmark)
+    model = build_edited(module, benchmark)
     flops = sum(shape.numel() * model.flops_per_token(shape[1]) for shape in shapes)
     assert summary["total_tokens_M"] == f"{sum(map(torch.Size.numel, shapes)) / 1e6:.1f}"
     assert summary["mfu_percent"] == f"{100 * flops / (60 / 20.5) / 1e6:.2f}"
 
 
 def test_a_copy_is_compiled_as_its_original(benchmark, eager_backend):
-    model = build(edited(), benchmark, compiled=True)
+    model = build_edited(edited(), benchmark, compiled=True)
     for copied in (model, copy.deepcopy(model)):
         compiled = [part for part in copied.modules() if part._compiled_call_impl is not None]
         assert len(compiled) == len(model.blocks) + 2

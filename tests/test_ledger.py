@@ -178,7 +178,7 @@ SETTINGS = {  # the same, of the environment
 }
 
 
-def refused(clone, fix):
+def refuses_to_start(clone, fix):
     """Start: it must refuse with one such line, and leave all as it was."""
 
     def look():
@@ -199,14 +199,14 @@ def test_start_refuses_and_leaves_all_as_it_was(name, clone, monkeypatch):
     monkeypatch.setattr(checks, "COMMIT_SECONDS", 1)
     line, fix = PROBLEMS[name]
     assert clone.bash(f"mkdir -p .git/hooks; {line}") == ("", 0)
-    refused(clone, fix)
+    refuses_to_start(clone, fix)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_start_refuses_what_is_set(name, clone, monkeypatch):
     variable, value, fix = SETTINGS[name]
     monkeypatch.setenv(variable, value)
-    refused(clone, fix)
+    refuses_to_start(clone, fix)
 
 
 def test_start_refuses_a_machine_that_is_taken_or_has_no_compiler(clone, monkeypatch):
@@ -215,7 +215,7 @@ def test_start_refuses_a_machine_that_is_taken_or_has_no_compiler(clone, monkeyp
     monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     with FileLock(clone.home / "night.lock"):
         for fix in ("night.lock is taken", "wait for it, or kill 77", "no C++ compiler"):
-            refused(clone, fix)
+            refuses_to_start(clone, fix)
     clone.write("train.py", "COMPILE = False\n")
     assert checks.compiler_problems(clone.folder) == []
 

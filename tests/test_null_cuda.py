@@ -36,16 +36,16 @@ def climbmix(prepared):
 
 
 @pytest.fixture
-def clone(climbmix, tmp_path):
+def card_folder(climbmix, tmp_path):
     (prepare.HOME / "current").write_text(climbmix)
     copy_harness(tmp_path)
     shutil.copy(ROOT / "train.py", tmp_path)
     return tmp_path
 
 
-def run_on(card, clone, compiled=False):
-    environment = build(clone, card) | {"PYTHONPATH": str(ROOT), "COMPILED": str(int(compiled))}
-    return run("-c", DRIVER, cwd=clone, **environment)
+def run_on(card, card_folder, compiled=False):
+    environment = build(card_folder, card) | {"PYTHONPATH": str(ROOT), "COMPILED": str(int(compiled))}
+    return run("-c", DRIVER, cwd=card_folder, **environment)
 
 
 ROWS = {"H100": (64, 128), "A100": (64, 128), "B200": (128, 128), "RTX 4090": (16, 16), "RTX 3060": (4, 4)}
@@ -54,9 +54,9 @@ RUNS[0] = ("H100", False)  # the quick one
 
 
 @pytest.mark.parametrize(("card", "compiled"), RUNS)
-def test_a_run_fits(clone, card, compiled):
+def test_a_run_fits(card_folder, card, compiled):
     """Eagerly, or with every kernel compiled for the architecture, without a graph break, in 72 GiB."""
-    process = run_on(card, clone, compiled)
+    process = run_on(card, card_folder, compiled)
     assert process.returncode == 0 and "COMPILE:" not in process.stdout, process.stdout + process.stderr
     summary = dict(re.findall(r"^(\w+): +(.*)$", process.stdout.rpartition("\n---\n")[2], re.M))
     name, _, memory, _ = CARDS[card]
@@ -79,9 +79,9 @@ BUGS = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("bug", BUGS)
-def test_the_null_gpu_sees_a_bug(clone, bug):
+def test_the_null_gpu_sees_a_bug(card_folder, bug):
     """A test of the tests above."""
     file, *edit = BUGS[bug]
-    replace(clone / file, edit)
-    process = run_on("H100", clone)
+    replace(card_folder / file, edit)
+    process = run_on("H100", card_folder)
     assert process.returncode == 1 and "val_bpb" not in process.stdout and "Error" in process.stderr

@@ -16,21 +16,13 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import SHARD, VALIDATION, parquet, serving, start, stories, wait_for, write_files
+from conftest import SHARD, VALIDATION, parquet, refused, serving, start, stories, wait_for, write_files
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import documents, downloads, sources
 from harness.sources import LocalText
-
-
-def refused(function, *arguments):
-    """The one line that ends the command."""
-    with pytest.raises(SystemExit) as stop:
-        function(*arguments)
-    assert len(str(stop.value).splitlines()) == 1
-    return str(stop.value)
 
 
 def zstd(content):

@@ -50,7 +50,7 @@ def quick_compiler(monkeypatch):
     monkeypatch.setattr("torch._inductor.cpu_vec_isa.VecISA.check_build", lambda isa, code: True)
 
 
-def build(dtype=torch.float32, vocab_size=512, T=64):
+def model_and_batch(dtype=torch.float32, vocab_size=512, T=64):
     """A model, and inputs and targets of three rows: the same ones each time."""
     benchmark = types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=T, seed=1)
     model = train.build_model(benchmark, runtime.Setup(CPU, dtype, train.banded))
@@ -157,7 +157,7 @@ def naive_likelihoods(model, inputs):
 
 def test_logits_and_loss_are_those_of_plain_lines(choices, monkeypatch):
     set_constants(monkeypatch, POINTER_BIAS=-3.0)
-    model, inputs, targets = build(vocab_size=20)
+    model, inputs, targets = model_and_batch(vocab_size=20)
     awaken(model)
     model.head.lm_head.weight.data *= 1000  # so that tokens differ
     logits = model(inputs)
@@ -176,7 +176,7 @@ def test_gradients_of_the_compiled_head_are_right_in_bfloat16(monkeypatch, quick
     set_constants(monkeypatch, DEPTH=1, MODEL_DIM=128)
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        model, inputs, targets = build(dtype, T=256)
+        model, inputs, targets = model_and_batch(dtype, T=256)
         awaken(model)
         if dtype == torch.bfloat16:
             model.head.compile(dynamic=False)
@@ -390,7 +390,7 @@ def test_rates_momentum_and_decay_follow_progress():
     """And rates of matrices grow with their height."""
     assert train.lr_factor(0) == train.lr_factor(1 - train.WARMDOWN_RATIO) == 1
     assert train.lr_factor(1) == pytest.approx(train.FINAL_LR_FRAC) and train.lr_factor(0.625) == pytest.approx(0.525)
-    optimizers = train.build_optimizers(build()[0])
+    optimizers = train.build_optimizers(model_and_batch()[0])
     ramp, factors = train.MOMENTUM_RAMP, {(64, 64): 1, (256, 64): 2, (64, 256): 1, (2, 16): 1}
     groups = {tuple(group["params"][0].shape): group for group in optimizers[0].param_groups}
     assert groups.keys() == factors.keys()
@@ -405,7 +405,7 @@ def test_rates_momentum_and_decay_follow_progress():
 def test_accumulation_is_the_mean():
     results = []
     for split in (1, 3):
-        model, *batch = build()
+        model, *batch = model_and_batch()
         batches = list(zip(*(part.chunk(split) for part in batch)))
         loss = train.train_step(model, train.build_optimizers(model), batches, 0.5)
         results.append((loss.item(), model.head.lm_head.weight.detach().clone()))
@@ -416,7 +416,7 @@ def test_accumulation_is_the_mean():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_starts_with_guesses_and_learns(choices, dtype):
     """The stream alone has the precision: in bfloat16 small steps would be lost, and second moments never change."""
-    model, *batch = build(dtype)
+    model, *batch = model_and_batch(dtype)
     streams, optimizers = set(), train.build_optimizers(model)
     model.blocks[0].register_forward_hook(lambda block, inputs, output: streams.add(output.dtype))
     losses = [train.train_step(model, optimizers, [batch], step / 15) for step in range(15)]
@@ -505,7 +505,7 @@ def test_rows_are_halved_when_memory_runs_out_and_for_nothing_else(monkeypatch, 
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def eleven_steps(monkeypatch):
     """The benchmark's 3 seconds are 11 steps, however long they take."""
     monkeypatch.setattr(prepare.TrainingClock, "elapsed", property(lambda clock: len(clock.ticks) / 4))
     monkeypatch.setattr(prepare, "LATE_LIMIT", math.inf)
@@ -529,7 +529,7 @@ def test_a_graph_break_is_named(capsys):
         assert capsys.readouterr().out.count("COMPILE: graph break, Data-dependent branching; TORCH_LOGS") == lines
 
 
-def test_a_run_that_had_to_fall_back_says_so(benchmark, counted, monkeypatch, capfd):
+def test_a_run_that_had_to_fall_back_says_so(benchmark, eleven_steps, monkeypatch, capfd):
     """No compiler, and half the rows: a line each, and keys of the summary; the journal has the same figures."""
 
     def forward(self, inputs, targets=None, forward=train.GPT.forward):
@@ -554,13 +554,13 @@ def test_a_run_that_had_to_fall_back_says_so(benchmark, counted, monkeypatch, ca
     assert (row["steps"], row["tokens"], row["seed"]) == (11, 11 * 2048, 42)
 
 
-def test_nan_ends_the_run(benchmark, counted, monkeypatch):
+def test_nan_ends_the_run(benchmark, eleven_steps, monkeypatch):
     set_constants(monkeypatch, DEPTH=2, EMBEDDING_LR=math.nan)
     with pytest.raises(SystemExit, match="stopped at step 2: loss nan; lower the learning rates"):
         train.main()
 
 
-def test_a_training_does_not_depend_on_its_rehearsal(benchmark, counted, monkeypatch):
+def test_a_training_does_not_depend_on_its_rehearsal(benchmark, eleven_steps, monkeypatch):
     """Neither weights nor random numbers, as dropout draws them, know that there was one."""
     set_constants(monkeypatch, DEPTH=2)
     monkeypatch.setattr(train.MLP, "forward", lambda self, x: self.down(F.dropout(self.up(x), 0.5, self.training)))

@@ -238,28 +238,28 @@ class Sender(Agent):
 
 
 @pytest.fixture
-def agent(environment, prepared, tmp_path):
+def sender(environment, prepared, tmp_path):
     """A night whose baseline waits where its home has a file `hold`. Its uv makes one environment a home, once."""
     pytest.importorskip("ray", reason="needs the dependency group `cluster`")
     (prepare.HOME / "current").write_text(prepared)
     replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC))
     environment["RAY_health_check_period_ms"] = "500"  # so that a node that is gone is missed after 3 s, not 15
     environment["http_proxy"] = "http://127.0.0.1:1"  # there is none
-    agent = Sender(new_repository(tmp_path / "clone", environment), environment, {})
-    (agent.folder / "pyproject.toml").write_text("")
-    weaken(agent.folder)
-    agent.edit(("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py")  # with two trainings any step may be late
-    agent.edit((r"^import prepare\b.*\n", rf"\g<0>import time\n{WAIT.format('hold')}"))
-    agent.git("add", "pyproject.toml")
-    agent.git("commit", "-qam", "weak")
-    assert agent.run("ledger.py", "start", "my-night").returncode == 0
-    yield agent
+    sender = Sender(new_repository(tmp_path / "clone", environment), environment, {})
+    (sender.folder / "pyproject.toml").write_text("")
+    weaken(sender.folder)
+    sender.edit(("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py")  # with two trainings any step may be late
+    sender.edit((r"^import prepare\b.*\n", rf"\g<0>import time\n{WAIT.format('hold')}"))
+    sender.git("add", "pyproject.toml")
+    sender.git("commit", "-qam", "weak")
+    assert sender.run("ledger.py", "start", "my-night").returncode == 0
+    yield sender
     (prepare.HOME / "hold").unlink(missing_ok=True)
-    agent.run("swarm/wave.py", "stop", "--force")
+    sender.run("swarm/wave.py", "stop", "--force")
 
 
 @pytest.fixture
-def second_node(agent):
+def second_node(sender):
     """A function that joins another node, with a home and locks of its own, as another machine has; and its folder."""
     folder = Path(tempfile.mkdtemp(prefix="node-", dir="/tmp"))  # sockets have short paths
     nodes = []
@@ -268,7 +268,7 @@ def second_node(agent):
         line = re.search("joins with: uv run --group cluster ray (start .*)", begun)[1]
         command = [Path(sys.executable).with_name("ray"), *line.split(), "--block", "--num-cpus=3"]
         command += ["--disable-usage-stats", f"--dashboard-agent-listen-port={cluster.free_ports(1)[0]}"]
-        here = agent.environment | {"AUTORESEARCH_HOME": str(folder / "home"), "TMPDIR": str(folder)}
+        here = sender.environment | {"AUTORESEARCH_HOME": str(folder / "home"), "TMPDIR": str(folder)}
         with open(folder / "log", "w") as log:
             nodes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
         return nodes[0]
@@ -283,7 +283,7 @@ def second_node(agent):
 
 @pytest.mark.story
 @pytest.mark.cluster
-def test_a_wave(agent, second_node, prepared):
+def test_a_wave(sender, second_node, prepared):
     """
     The baseline waits on the first node. On the second, which is empty, three jobs begin at once: a crash, a gain whose
     node is killed, which is sent again, and a second baseline that finds the device taken.
@@ -291,7 +291,7 @@ def test_a_wave(agent, second_node, prepared):
     from ray.job_submission import JobSubmissionClient
 
     # the first node takes the baseline, the second joins while that waits
-    begun = agent.wave("start")
+    begun = sender.wave("start")
     address = re.search(r"^cluster: (\S+),", begun, re.M)[1]
     client = JobSubmissionClient(address)
     join, folder = second_node
@@ -299,65 +299,65 @@ def test_a_wave(agent, second_node, prepared):
     home.mkdir()
     for file in (prepare.HOME / "hold", home / "hold", home / "stay"):
         file.touch()
-    base = f"my-night-{agent.head()}-1-1"
-    assert f"{base} submitted\n" in agent.wave("submit", "base:1")
+    base = f"my-night-{sender.head()}-1-1"
+    assert f"{base} submitted\n" in sender.wave("submit", "base:1")
     wait_for(lambda: client.get_job_status(base).value == "RUNNING")
     second = join(begun)
 
     # two ideas
     commits = {}
     for name, edits in {"slip": SLIP, "good": GOOD}.items():
-        assert f"next: edit wave/{name}/train.py\n" in agent.wave("new", name)
-        agent.edit(*edits, file=f"wave/{name}/train.py")
-        agent.wave("submit", "base:2", f"{name}:1", code=1)  # which is not committed: nothing is sent
-        commits[name] = agent.wave("commit", name, f"the {name} one; expect 0")[:7]
-        assert agent.git("log", "-1", "--format=%s", commits[name]) == f"the {name} one; expect 0\n"
+        assert f"next: edit wave/{name}/train.py\n" in sender.wave("new", name)
+        sender.edit(*edits, file=f"wave/{name}/train.py")
+        sender.wave("submit", "base:2", f"{name}:1", code=1)  # which is not committed: nothing is sent
+        commits[name] = sender.wave("commit", name, f"the {name} one; expect 0")[:7]
+        assert sender.git("log", "-1", "--format=%s", commits[name]) == f"the {name} one; expect 0\n"
     good, again, slip = (f"my-night-{commits[name]}-1-{n}" for name, n in (("good", 1), ("good", 2), ("slip", 1)))
-    taken = f"my-night-{agent.head()}-2-1"
+    taken = f"my-night-{sender.head()}-2-1"
     wait_for(lambda: "Ray runtime started" in (folder / "log").read_text())
 
     # three jobs begin at once where neither an environment nor a benchmark is
-    sent = agent.wave("submit", "good:1", "slip:1", "base:2", "good:1", "--cpus", "1")
+    sent = sender.wave("submit", "good:1", "slip:1", "base:2", "good:1", "--cpus", "1")
     assert f"{good} submitted\n{slip} submitted\n{taken} submitted\n" in sent
     assert f":1 is out already, as {good}\n" in sent
-    assert "jobs are out, such as" in agent.wave("stop", code=1)
+    assert "jobs are out, such as" in sender.wave("stop", code=1)
     wait_for(lambda: "has the device" in client.get_job_logs(good))
     assert (home / "current").read_text() == prepared
     (home / "hold").unlink()
-    output = agent.collect(slip, taken)
+    output = sender.collect(slip, taken)
     assert f"{slip} crash: SyntaxError: " in output and f"{taken} lost: its device was taken: " in output
     assert f"{good} running\n" in output and "next: uv run ledger.py\n" in output
 
     # the node goes; meanwhile the baseline runs
     os.killpg(second.pid, signal.SIGKILL)
     (prepare.HOME / "hold").unlink()
-    output = agent.collect(base, good)
+    output = sender.collect(base, good)
     pair = f"{commits['good']}:1"
     assert re.search(rf"^{good} lost: its node went: .*; send it again: {wave.COMMAND} submit {pair}$", output, re.M)
     assert re.search(rf"^{base} scored, val_bpb \d\.\d{{6}}$", output, re.M)
 
     # nothing but that is sent again
-    output = agent.wave("submit", pair, "slip:1", "base:1")
+    output = sender.wave("submit", pair, "slip:1", "base:1")
     assert f"{again} submitted\n" in output and output.count("has run already") == 2
-    agent.collect(again)
+    sender.collect(again)
 
     # what is known of them is what the node's journal has
-    found = agent.results()
+    found = sender.results()
     runs = {run["commit"]: run for run in read_journal(prepare.HOME / prepared)}
     for job, attempt in {base: 1, again: 2}.items():
         run = runs[found[job]["commit"]]
         assert run["dirty"] is False and run["benchmark"] == prepared and run["seed"] == 1
         assert found[job] == run | {"job": job, "tag": "my-night", "attempt": attempt, "state": "scored"}
-        assert "val_bpb: " in (agent.folder / "wave" / "results" / f"{job}.log").read_text()
+        assert "val_bpb: " in (sender.folder / "wave" / "results" / f"{job}.log").read_text()
     assert {entry.submission_id for entry in client.list_jobs()} == set(found) == {base, good, again, slip, taken}
 
     # another night may use this cluster, and does not end it
-    guest = Sender(agent.folder.parent / "guest", agent.environment | {"RAY_API_SERVER_ADDRESS": address}, {})
-    agent.git("clone", "-q", ".", str(guest.folder))
+    guest = Sender(sender.folder.parent / "guest", sender.environment | {"RAY_API_SERVER_ADDRESS": address}, {})
+    sender.git("clone", "-q", ".", str(guest.folder))
     assert f"cluster: {address}, nodes: 1" in guest.wave("start")
     assert "keeps running" in guest.wave("stop")
-    assert "has ended" in agent.wave("stop")
+    assert "has ended" in sender.wave("stop")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", urlsplit(address).port))
-    assert len(agent.git("worktree", "list").splitlines()) == 1
-    assert len(agent.git("for-each-ref", "refs/tries").splitlines()) == 3
+    assert len(sender.git("worktree", "list").splitlines()) == 1
+    assert len(sender.git("for-each-ref", "refs/tries").splitlines()) == 3
