@@ -290,7 +290,7 @@ def start(folder, tag, until="never"):
     if not ideas.exists():
         ideas.write_text("# Ideas\n\n## Backlog\n\n## What each try taught\n")
     night, record, _ = load_night(folder)
-    print(f"branch autoresearch/{tag}, from {git('log', '-1', '--format=%h %s', 'HEAD^')}, until {night.end}")
+    print(f"branch autoresearch/{tag}, from {git('log', '-1', '--format=%h (%s)', 'HEAD^')}, until {night.end}")
     if until.isdecimal() and int(until) < 24:
         print(f"(if you meant the hour: delete the branch, and start with --until {int(until):02}:00)")
     print(f"benchmark {record['id']}, {record['settings']['time_budget']:g} s a run")

@@ -241,9 +241,10 @@ def test_start_says_all_problems_at_once(clone):
 def test_start_moves_an_old_ledger_aside_over_nothing(clone):
     for name in ("results.tsv", "results-before-test.tsv", "run.log", "ideas.md"):
         clone.write(name, name)
+    main = clone.git("rev-parse", "--short", "main").strip()
     said = clone.call(ledger.start, "test", "40")
     assert "is results-before-test2.tsv now" in said
-    assert f"branch autoresearch/test, from {clone.git('rev-parse', '--short', 'main').strip()} start, until 40" in said
+    assert f"branch autoresearch/test, from {main} (start), until 40" in said
     assert (clone.folder / "results-before-test2.tsv").read_text() == "results.tsv"
     for name in ("results-before-test.tsv", "ideas.md"):
         assert (clone.folder / name).read_text() == name
