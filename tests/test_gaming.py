@@ -251,7 +251,7 @@ def test_only_modules_are_scored(benchmark):
 def test_work_after_stop_counts(benchmark, monkeypatch):
     """A model that takes its time when it hears that it will be scored."""
     model = uniform()
-    model.eval = lambda: time.sleep(0.4)
+    monkeypatch.setattr(model, "eval", lambda: time.sleep(0.4))
     monkeypatch.setattr(prepare, "LATE_LIMIT", 0.1)
     with pytest.raises(RuntimeError, match=r"trained for 0.\d s of a budget of 3 s; .*score right after stop"):
         score(benchmark, model)
