@@ -24,9 +24,9 @@ import sys
 import time
 from datetime import datetime, timedelta
 
-from harness.journal import ROOT, first_line, flags, git, now
+from harness.journal import ROOT, first_line, flags, git
 from night import checks
-from night.load import as_cells, fallbacks, in_utc, load_night, row_of
+from night.load import as_cells, fallbacks, in_utc, load_night, made_at, row_of
 from night.rows import STATUSES, Row, append_rows
 from night.rules import OVER, crashed_seed, has_crashed, next_step
 from night.steps import describe
@@ -272,7 +272,6 @@ def start(folder, tag, until="never"):
     problems = checks.find_problems(folder, tag)
     if problems:
         raise SystemExit("\n".join(f"- {problem}" for problem in problems))
-    started = now()
     commit = checks.first_commit(folder, tag)
 
     # an old ledger is moved aside, over nothing
@@ -283,7 +282,7 @@ def start(folder, tag, until="never"):
         os.replace(ledger, old)
         print(f"the ledger of another night is {old.name} now")
     append_rows(ledger, [])
-    state = {"tag": tag, "until": until, "started": started, "commit": commit}
+    state = {"tag": tag, "until": until, "started": made_at(commit), "commit": commit}
     (folder / "night.json").write_text(json.dumps(state) + "\n")
     (folder / "run.log").unlink(missing_ok=True)
     ideas = folder / "ideas.md"

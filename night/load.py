@@ -144,6 +144,12 @@ def checked_until(until):
         return "never", [f"night.json: until {until} is neither a time nor a number, so the night has no end now"]
 
 
+def made_at(commit):
+    """When a commit was made, as `started` of night.json: every clone of a night has the same."""
+    seconds = git("log", "-1", "--format=%ct", commit)
+    return in_utc(datetime.fromtimestamp(int(seconds), timezone.utc))
+
+
 def in_utc(moment):
     return moment.astimezone(timezone.utc).isoformat(timespec="seconds")
 

@@ -4,12 +4,11 @@ How a night comes to a hub, and comes back from it: `hub.py join`, which works t
 
 import json
 import math
-from datetime import datetime, timezone
 
 from harness.journal import ROOT
 from ledger import parse_until, print_next, start
 from night.checks import find_problems, run_git
-from night.load import as_cells, in_utc, load_night, load_state
+from night.load import as_cells, load_night, load_state, made_at
 from night.rows import Row, append_rows, read_rows
 from swarm.notes import read_lines, reason_of, receive, resolve
 
@@ -78,15 +77,13 @@ def come_back(tag, until):
     theirs = f"refs/remotes/hub/{branch}"
 
     # every night's first commit names it
-    first = run_git(ROOT, "log", "-1", f"--grep=^{branch}: start$", "--format=%H %ct", theirs)[1]
+    first = run_git(ROOT, "log", "-1", f"--grep=^{branch}: start$", "--format=%H", theirs)[1]
     if not first:
         raise SystemExit(f"{branch} on the hub is not a night: use another name")
-    commit, seconds = first.split()
     worked, _, complaint = run_git(ROOT, "checkout", "-q", "-b", branch, theirs)
     if not worked:
         raise SystemExit(f"git refuses to check out {branch}: {reason_of(complaint)}")
-    started = in_utc(datetime.fromtimestamp(int(seconds), timezone.utc))
-    state = {"tag": tag, "until": until, "started": started, "commit": commit}
+    state = {"tag": tag, "until": until, "started": made_at(first), "commit": first}
     (ROOT / "night.json").write_text(json.dumps(state) + "\n")
 
     # the tries by the names that program.md gives them
