@@ -4,7 +4,6 @@ What ran: the folder of the device locks, the rows that a process has opened, th
 Nothing heavy is imported before it is needed: ledger.py reads the journal beside a training.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -21,7 +20,6 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent  # of the repository
 COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # that torch calls, unless $CXX names another
-NO_HOME = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # no writing, no locks
 
 NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that program.md names
 LATE_FLAG = 1.02  # times the budget: a run that trained for longer is flagged
@@ -77,9 +75,7 @@ def lock_folder():
 
 def explain(error):
     """An OSError in words, with the way out."""
-    if error.errno in NO_HOME:
-        return f"{error}; set AUTORESEARCH_HOME to a folder on a local disk that you can write to"
-    return f"{error}; fix it and run this again"
+    return f"{error}; fix it, or set AUTORESEARCH_HOME to another folder on a local disk, and run this again"
 
 
 def git(*words):
@@ -88,7 +84,9 @@ def git(*words):
         result = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, errors="replace")
     except OSError:  # not installed
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    if result.returncode != 0:
+        return None
+    return result.stdout.strip()
 
 
 # --------------------------------------

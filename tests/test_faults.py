@@ -22,6 +22,8 @@ from harness.journal import read_journal
 # --------------------------------------
 # Disk
 
+WAY_OUT = "; fix it, or set AUTORESEARCH_HOME to another folder on a local disk, and run this again"
+
 
 @contextlib.contextmanager
 def full_disk(size):
@@ -38,7 +40,7 @@ def full_disk(size):
 def test_a_full_disk_while_preparing(mirror, home, book):
     for size, arguments in ((20_000, book), (30_000, ONE_SHARD)):
         with full_disk(size):
-            assert "fix it and run this again" in refused(prepare.main, arguments)
+            assert WAY_OUT in refused(prepare.main, arguments)
         assert not (home / "current").exists()
     for arguments in (book, ONE_SHARD):
         prepare.main(arguments)
@@ -73,7 +75,7 @@ def test_a_home_that_is_no_folder(home, book):
 def test_a_home_that_cannot_be_written_to(monkeypatch, book):
     """As of a user without a home, in a container."""
     monkeypatch.setattr(prepare, "HOME", prepare.Path("/sys/autoresearch"))
-    assert "set AUTORESEARCH_HOME to a folder on a local disk that you can write to" in refused(prepare.main, book)
+    assert WAY_OUT in refused(prepare.main, book)
 
 
 # --------------------------------------
