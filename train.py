@@ -609,7 +609,7 @@ def main():
     clock = TrainingClock(benchmark, device)
     setup = runtime.set_up(device, banded, HEAD_DIM, QUERY_GROUP, COMPILE)
     print(f"commit {str(clock.origin['commit'])[:7]}, seed {benchmark.seed}, {benchmark.id}")
-    print(f"{prepare.device_name(device)}, {setup.dtype}; compiling what is new (up to two minutes)")
+    print(f"{prepare.device_name(device)}, {setup.dtype}; compiling what is new, a minute the first time")
     rows, accumulation = find_batch(benchmark, setup)
     model = build_model(benchmark, setup)
     optimizers = build_optimizers(model)

@@ -62,7 +62,7 @@ def load_night(folder):
         problems.append("results.tsv was lost, and is rebuilt from the journal and git")
         rebuild(folder, night)
     for commit in discards_below(night):
-        problems.append(f"HEAD stands on {commit}, which was not kept: its change is in this one, too")
+        problems.append(f"HEAD is on top of {commit}, which was not kept: it contains that change, too")
     return night, record, problems
 
 

@@ -299,14 +299,14 @@ def test_a_try_on_top_of_a_discard_is_named(clone):
     clone.baseline()
     forgotten = clone.commit()
     clone.scored(1.1)
-    assert "stands on" not in clone.add("worse") + clone.status()
+    assert "was not kept" not in clone.add("worse") + clone.status()
     clone.commit("half of it")
     clone.commit("all of it")
     text = clone.status()
-    assert f"warning: HEAD stands on {forgotten}, which was not kept" in text and text.count("stands on") == 1
+    assert f"warning: HEAD is on top of {forgotten}, which was not kept" in text and text.count("was not kept") == 1
     clone.scored(0.9)
     clone.scored(0.9, 2)
-    assert "stands on" in clone.add("better") and "stands on" not in clone.status()
+    assert "was not kept" in clone.add("better") and "was not kept" not in clone.status()
 
 
 REFUSED = {

@@ -359,7 +359,7 @@ NAMED = "commit a1b2c3d, seed 2, x\n"
 LOGS = {
     "scored": (NAMED + "---\nval_bpb: 0.9\ndepth: 8\n", ("a1b2c3d", 2, "")),
     "an error": (NAMED + "Traceback\nValueError: no\n\n", ("a1b2c3d", 2, "ValueError: no")),
-    "cut off while it compiles": (NAMED + "cpu; compiling what is new (up to two minutes)\n", ("a1b2c3d", 2, "")),
+    "cut off while it compiles": (NAMED + "cpu; compiling what is new, a minute the first time\n", ("a1b2c3d", 2, "")),
     "cut off in mid-run": (NAMED + "step 00010 | 5%\rstep 00020 | 9%", ("a1b2c3d", 2, "")),
     "interrupted": (NAMED + "Traceback\nKeyboardInterrupt\n", ("a1b2c3d", 2, "")),
     "a syntax error": ("  File x\nSyntaxError: no\n", ("eeeeeee", 0, "SyntaxError: no")),
