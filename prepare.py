@@ -37,9 +37,10 @@ import numpy as np
 from filelock import FileLock
 
 from harness import journal
-from harness.journal import first_line, git, map_rows, now, open_rows, rows_served, sha256
+from harness.common import OneLineParser, explain, find_home, first_line, now, sha256, write_atomically
+from harness.journal import map_rows, open_rows, rows_served
 
-HOME = journal.find_home()
+HOME = find_home()
 
 # torch reads these when it is imported, by us or by harness/. Inductor keeps what it compiles for later runs, but can't
 # compile in a path with a space: it uses its own folder then. It also asks for the user's name, and fails without one
@@ -69,7 +70,7 @@ from harness.machine import (
 )
 from harness.packing import Progress, pack, write_rows
 from harness.probe import Probe
-from harness.record import benchmark_id, find_record, read_record, write_atomically
+from harness.record import benchmark_id, find_record, read_record
 from harness.sources import LocalText
 from harness.tokenizer import Tokenizer, encode_batches
 
@@ -103,7 +104,9 @@ LARGE_GPU = 16 << 30  # bytes of memory; GPUs with no more are usually too slow 
 TOO_SMALL = "text too small: add more, or lower --val-rows and --holdout-rows, which leave nothing to train on"
 
 LATE_LIMIT = 1.1  # a run that trained for more than this multiple of its budget is not scored
-HANG_SECONDS = 300  # a run that is not scored so long after its budget ends itself
+SETUP_SECONDS = 900  # a run that has not started its clock so long after it took the device ends itself
+HANG_SECONDS = 300  # and so does one that is not scored so long after its budget
+TENTHS = 10  # parts of a run whose mean losses go into the journal
 MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
 SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
 
@@ -138,13 +141,17 @@ class Benchmark:
 
 def load_benchmark():
     """
-    The benchmark that prepare.py built or chose last. Its seed is 42, or $AUTORESEARCH_SEED if that is set.
+    The benchmark that $AUTORESEARCH_BENCHMARK names (the runner of a night sets it), else the one that prepare.py built
+    or chose last. Its seed is 42, or $AUTORESEARCH_SEED if that is set.
 
     Raises SystemExit, with a line that says how to fix it, if there is none or if a file is missing or modified. Of the
     training rows only the size is checked; `uv run prepare.py` with the same arguments checks, and fixes, every byte.
     """
+    name = os.environ.get("AUTORESEARCH_BENCHMARK")
+    if name and not (HOME / Path(name).name / "benchmark.json").exists():
+        raise SystemExit(f"AUTORESEARCH_BENCHMARK={name}: no such benchmark in {HOME}; prepare it as it was made")
     try:
-        name = (HOME / "current").read_text().strip()
+        name = name or (HOME / "current").read_text().strip()
         return open_benchmark(HOME / Path(name).name)
     except FileNotFoundError:
         raise SystemExit('no benchmark prepared: run "uv run prepare.py" first') from None
@@ -160,7 +167,7 @@ def open_benchmark(path):
         name=record["dataset"],
         path=path,
         seed=int(seed),
-        prepared_by=record.get("harness_sha256", ""),  # older ones have the hash of prepare.py alone
+        prepared_by=record["harness_sha256"],
         **record["settings"],
     )
 
@@ -380,19 +387,22 @@ class TrainingClock:
         self.stopped = None
         self.training_seconds = 0.0  # from start() to the score; check() sets it
         self.ticks = []  # (elapsed seconds, training rows so far) at the end of each step
+        self.losses = [[] for _ in range(TENTHS)]
         journal.refuse_unwritable(benchmark.path)
         self.lock = DeviceLock(self.device)
+        self.watch(SETUP_SECONDS)
         self.origin = journal.find_origin()
+
+    def watch(self, seconds):
+        """A run that hangs ends itself after so long, with the traceback of where it hung and exit code 1."""
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
     def start(self):
         """The run begins. Raises RuntimeError the second time."""
         if self.started is not None:
             raise RuntimeError("the clock was started before: one clock, one run")
         synchronize(self.device)
-
-        # A run that hangs ends itself, with the traceback of where it hung and exit code 1
-        limit = self.benchmark.time_budget + HANG_SECONDS
-        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+        self.watch(self.benchmark.time_budget + HANG_SECONDS)
         self.rows_before = rows_served["train"]
         self.started = time.monotonic()
 
@@ -404,9 +414,21 @@ class TrainingClock:
         self.stopped = time.monotonic()
         self.rows = rows_served["train"] - self.rows_before
 
-    def tick(self):
-        """Mark the end of a step: for slow_steps_percent, the steps in the journal, and a step that stalled."""
+    def tick(self, loss=None):
+        """
+        Called once a step. `loss`, a float that is at hand anyway, may be that of an earlier step. The journal has the
+        number of steps, the share of slow ones, and the mean loss of each tenth of the run.
+        """
         self.ticks.append((self.elapsed, rows_served["train"]))
+        if loss is not None:
+            self.losses[min(int(self.progress * TENTHS), TENTHS - 1)].append(float(loss))
+
+    @property
+    def mean_losses(self):
+        """The mean loss of each tenth of the run, None where no step ended in it; [] if train.py gives no losses."""
+        if not any(self.losses):
+            return []
+        return [round(sum(tenth) / len(tenth), 4) if tenth else None for tenth in self.losses]
 
     @property
     def slow_steps_percent(self):
@@ -575,6 +597,7 @@ def describe_run(benchmark, clock, scores):
         "total_seconds": round(clock.total_seconds, 3),
         "slow_steps_percent": round(clock.slow_steps_percent, 1),
         "steps": len(clock.ticks),
+        "losses": clock.mean_losses,
         "tokens": clock.rows * benchmark.max_seq_len,
         "untimed_rows": rows_served["train"] - clock.rows,
         "scored_rows_read": rows_served["val"] + rows_served["holdout"],
@@ -586,11 +609,6 @@ def describe_run(benchmark, clock, scores):
 
 # --------------------------------------
 # Command line
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def number(kind, least, most):
@@ -683,10 +701,6 @@ def prepare(request, source):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    branch = git("branch", "--show-current") or ""
-    if branch.startswith("autoresearch/"):
-        repair = f"to repair it: git checkout --detach, prepare it as before, git checkout {branch}"
-        raise SystemExit(f"branch {branch} is a night under way, whose benchmark is fixed; {repair}")
     if torch.cuda.is_available():
         refuse_old_gpu()
 
@@ -707,7 +721,7 @@ def main(arguments=None):
         skipped = source.skipped.lines() if source else []
         raise SystemExit("; ".join([TOO_SMALL, *skipped])) from None
     except OSError as error:
-        raise SystemExit(f"prepare.py: {journal.explain(error)}") from None
+        raise SystemExit(f"prepare.py: {explain(error)}") from None
     fetch_flash3()
     print_summary(record, source)
 

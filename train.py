@@ -616,6 +616,7 @@ def main():
     loader = make_dataloader(benchmark, "train", rows, device)  # of (inputs, targets, epoch)
     status = Progress(max(10, benchmark.time_budget / 50))
     step, loss, tokens = 0, None, Counter()  # tokens by the length of their rows
+    loss_before = None  # as a float
 
     clock.start()
     while clock.elapsed * (1 + 1 / max(1, step)) < benchmark.time_budget:  # one more step fits
@@ -628,13 +629,14 @@ def main():
 
         # The loss of the step before: the device is busy with this one
         if previous is not None:
+            loss_before = previous.item()
             status(
-                f"step {step:05d} | {progress:.1%} | loss {previous.item():.4f} | epoch {batches[0][2]} | "
+                f"step {step:05d} | {progress:.1%} | loss {loss_before:.4f} | epoch {batches[0][2]} | "
                 f"{tokens.total() / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
             )
-            if not previous.item() <= 50:  # NaN, too
-                raise SystemExit(f"stopped at step {step - 1}: loss {previous.item()}; lower the learning rates")
-        clock.tick()
+            if not loss_before <= 50:  # NaN, too
+                raise SystemExit(f"stopped at step {step - 1}: loss {loss_before}; lower the learning rates")
+        clock.tick(loss_before)
     clock.stop()
     status(f"step {step:05d} | 100% | loss {loss.item():.4f} | done", last=True)
     runtime.report_slow_step(clock)

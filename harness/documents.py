@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from harness.journal import first_line
+from harness.common import first_line
 
 DOCUMENT_BATCH = 128  # documents that enter the packer's buffer together
 BLOCK_CHARACTERS = 65_536  # of a block of text, at least; it goes on to the end of its line, up to twice as many

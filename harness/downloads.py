@@ -6,8 +6,8 @@ import re
 import threading
 from pathlib import Path
 
+from harness.common import first_line, sha256
 from harness.documents import parquet_batches
-from harness.journal import first_line, sha256
 
 REPOSITORIES = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
 WORKERS = 4  # files at once

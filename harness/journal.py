@@ -1,5 +1,5 @@
 """
-What ran: the folder of the device locks, the rows that a process has opened, the commit, journal.jsonl and best.pt.
+What ran: the rows that a process has opened, the commit, journal.jsonl and best.pt.
 
 Nothing heavy is imported before it is needed: ledger.py reads the journal beside a training.
 """
@@ -9,19 +9,16 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock
 
-ROOT = Path(__file__).parent.parent  # of the repository
-COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # that torch calls, unless $CXX names another
+from harness import common
+from harness.common import explain, first_line, git, sha256
 
-NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that program.md names
+NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that a night takes for its own runs
 LATE_FLAG = 1.02  # times the budget: a run that trained for longer is flagged
 SLOW_FLAG = 10  # percent of the time in slow steps
 SCORING_SHARE, SCORING_SECONDS = 1 / 5, 5  # scoring may take so much of the budget, and so many seconds more
@@ -36,57 +33,6 @@ SUSPECTS = {
     "looks into the interpreter": r"_getframe|\binspect\.|\bgc\.get_",
     "reads or sets the seed": r"env.*AUTORESEARCH_SEED",
 }
-
-
-# --------------------------------------
-# Helpers used everywhere
-
-
-def now():
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def first_line(error):
-    """The first line of an exception's text, at most 200 characters."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
-
-
-def find_home():
-    """The folder of all benchmarks, from AUTORESEARCH_HOME. Raises SystemExit if that names no folder."""
-    home = os.path.expanduser(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch")
-    if home.startswith("~"):  # left as it was: there is no such user, or this one has no home
-        raise SystemExit(f"{home}: there is no such home folder; set AUTORESEARCH_HOME to a folder on a local disk")
-    return Path(home).absolute()
-
-
-def lock_folder():
-    """Where the locks of devices are: one folder for all users of a machine, or for those with the same TMPDIR."""
-    return Path(tempfile.gettempdir(), "autoresearch-locks")
-
-
-def explain(error):
-    """An OSError in words, with the way out."""
-    return f"{error}; fix it, or set AUTORESEARCH_HOME to another folder on a local disk, and run this again"
-
-
-def git(*words):
-    """The output of a git command in the folder of the repository, or None if it fails."""
-    try:
-        result = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, errors="replace")
-    except OSError:  # not installed
-        return None
-    if result.returncode != 0:
-        return None
-    return result.stdout.strip()
 
 
 # --------------------------------------
@@ -112,18 +58,29 @@ def map_rows(folder, split):
 def harness_sha256():
     """One hash of prepare.py and all of harness/."""
     digest = hashlib.sha256()
-    for path in (ROOT / "prepare.py", *sorted((ROOT / "harness").glob("*.py"))):
+    for path in (common.ROOT / "prepare.py", *sorted((common.ROOT / "harness").glob("*.py"))):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
 def find_origin():
-    """The code of this run: its commit, whether .py files differ from it or are new, hashes of script and harness."""
-    changes = git("status", "--porcelain", "--untracked-files=all", "--", "*.py")
+    """
+    The code of this run: its id, if a runner started it, its commit, whether .py files differ from that or are new,
+    hashes of script and harness.
+    """
     script = getattr(sys.modules["__main__"], "__file__", None)  # None in a notebook
+
+    # a runner of the night trains a commit from files of its own, and names it
+    commit = os.environ.get("AUTORESEARCH_COMMIT")
+    dirty = False
+    if not commit:
+        commit = git("rev-parse", "HEAD").output or None
+        changes = git("status", "--porcelain", "--untracked-files=all", "--", "*.py")
+        dirty = changes.output != "" if changes.worked else None
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else changes != "",
+        "run": os.environ.get("AUTORESEARCH_RUN"),
+        "commit": commit,
+        "dirty": dirty,
         "harness_sha256": harness_sha256(),
         "script": script and Path(script).name,
         "train_sha256": script and sha256(script),
@@ -167,6 +124,8 @@ def append_run(folder, run, model):
             line = "\n" + line  # the last one was torn, by a full disk
         with open(path, "a") as journal:
             journal.write(line)
+            journal.flush()
+            os.fsync(journal.fileno())
         if run["same_harness"] and run["val_bpb"] < min(scores, default=math.inf):
             save_best(folder / "best.pt", run, model)
 
@@ -201,7 +160,6 @@ def read_journal(folder):
         except (ValueError, KeyError, TypeError):
             print(f"{path}:{number}: skipped, the line is incomplete")
             continue
-        run.setdefault("same_harness", run.get("same_prepare"))  # its name before harness/ was
         runs.append(run)
     return runs
 
@@ -211,14 +169,14 @@ def read_journal(folder):
 
 
 def flags(run):
-    """Reasons to look at a run of the journal more closely: a list of sentences. Older runs lack some of the keys."""
+    """Reasons to look at a run of the journal more closely: a list of sentences."""
     found = []
     if run.get("same_harness") is False:
         found.append("the harness was not the one that prepared the benchmark")
     if run.get("dirty") is not False:
         found.append("uncommitted changes, .py files that git does not know, or no git at all")
-    if run.get("seed") not in NAMED_SEEDS:
-        found.append(f"seed {run.get('seed')}, which program.md does not name")
+    if not run.get("run") and run.get("seed") not in NAMED_SEEDS:
+        found.append(f"seed {run.get('seed')}, in a run by hand")
     if run.get("scored_rows_read"):
         found.append(f"read scored rows (validation or holdout): {run['scored_rows_read']}")
     if run.get("untimed_rows", 0) > 0:
@@ -255,4 +213,4 @@ def suspects(source):
 
 def suspects_of_commit(commit):
     """The suspects in the train.py of a commit; none if git does not know it."""
-    return suspects(git("show", f"{commit}:./train.py") or "")
+    return suspects(git("show", f"{commit}:./train.py").output)

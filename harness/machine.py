@@ -8,13 +8,14 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from harness.journal import first_line, lock_folder
+from harness.common import first_line
 
 # FlashAttention-3 on the kernels hub, and the compute capabilities that it runs on: A100 and H100. On others it calls
 # exit(1), which nothing catches
@@ -33,8 +34,21 @@ PEAK_FLOPS = {
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
+DEVICE_TAKEN = 75  # exit code of a training that found its device taken (EX_TEMPFAIL of sysexits.h)
+
 SLOW_STEP = 1.5  # a step that took longer than this many usual ones was disturbed
 BLOCKS = 8  # parts of a run, by steps, whose medians tell what is usual
+
+
+class DeviceTaken(SystemExit):
+    """Another process trains on the device. Exits with DEVICE_TAKEN, after a line that ends with the lock's path."""
+
+    def __init__(self, device, pid, lock):
+        super().__init__(DEVICE_TAKEN)
+        self.message = f"another training is running on {device} (pid {pid}): wait for it or end it; lock {lock}"
+
+    def __str__(self):
+        return self.message
 
 
 class DeviceLock:
@@ -43,7 +57,7 @@ class DeviceLock:
 
     There is one for each device of a machine, not for each home: two trainings would halve each other's speed. So it
     lies in the system's folder for temporary files (TMPDIR, where that is set), and every user may take it. Raises
-    SystemExit, naming the other process, if the device is taken.
+    DeviceTaken, naming the other process, if the device is taken.
     """
 
     def __init__(self, device):
@@ -57,7 +71,7 @@ class DeviceLock:
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 folder.chmod(0o777)
-            self.lock.acquire(timeout=1)  # the ledger looks at it for a moment
+            self.lock.acquire(timeout=1)  # a runner that waits for it takes it for a moment
 
             # The system frees the lock when its process ends, but can't say whose it is: a file beside it has the
             # pid. Another user's file can't be written to, but it can be replaced, since the folder is open to all
@@ -65,7 +79,9 @@ class DeviceLock:
             holder.write_text(str(self.pid))
         except Timeout:
             pid = holder.read_text() if holder.exists() else "unknown"
-            raise SystemExit(f"another training is running on {device} (pid {pid}): wait for it or end it") from None
+            taken = DeviceTaken(device, pid, self.lock.lock_file)
+            print(taken, file=sys.stderr)
+            raise taken from None
         except OSError as error:
             self.lock.release()
             raise SystemExit(f"cannot lock {device}: {error}; fix it, or set TMPDIR to a local folder") from None
@@ -78,6 +94,11 @@ class DeviceLock:
     def release(self):
         if self.held:
             self.lock.release()
+
+
+def lock_folder():
+    """Where the locks of devices are: one folder for all users of a machine, or for those with the same TMPDIR."""
+    return Path(tempfile.gettempdir(), "autoresearch-locks")
 
 
 def lock_name(device):

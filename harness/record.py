@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
 
-from harness.journal import sha256
+from harness.common import sha256
 
 FILES = {"tokenizer.tiktoken", "token_bytes.npy", "train.npy", "val.npy", "holdout.npy"}
 SETTINGS = {"max_seq_len", "vocab_size", "time_budget", "val_rows", "holdout_rows", "long_documents"}
@@ -61,10 +60,3 @@ def find_record(home, request):
         except SystemExit:  # damaged: built again, if it is the one
             continue
     return None
-
-
-def write_atomically(path, content):
-    # a name of this process's own: two may prepare at once
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content)
-    os.replace(temporary, path)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from harness.journal import COMPILER, first_line
+from harness.common import COMPILER, first_line
 from harness.machine import (
     FLASH3_CAPABILITIES,
     device_name,

@@ -1,0 +1,146 @@
+"""
+What several rooms use: where the repository and the benchmarks lie, git, and small helpers.
+
+Nothing heavy is imported: ledger.py runs beside a training.
+"""
+
+import argparse
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent  # of the repository
+COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # that torch calls, unless $CXX names another
+GIT_SECONDS = 20  # for signing and hooks
+
+# What a user's configuration could change in the output of git, set to what we read
+GIT_SETTINGS = {
+    "log.showSignature": "false",
+    "log.showRoot": "true",
+    "log.decorate": "false",
+    "log.date": "default",
+    "color.ui": "false",
+    "core.quotePath": "false",
+    "diff.external": "",
+    "diff.noprefix": "false",
+    "diff.mnemonicPrefix": "false",
+    "status.showUntrackedFiles": "all",
+    "status.branch": "false",
+    "column.ui": "never",
+}
+GIT_ENVIRONMENT = {
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_EDITOR": "true",
+    "GIT_PAGER": "cat",
+    "GIT_OPTIONAL_LOCKS": "0",  # a look must not be in the way of a commit
+    "LC_ALL": "C",
+}
+
+# --------------------------------------
+# Helpers
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def first_line(error):
+    """The first line of an exception's text, at most 200 characters."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def printable(text, length):
+    """Anybody's text, on one line: blanks for white space, ? for what can't be printed."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in line[:length])
+
+
+def write_atomically(path, content):
+    # a name of this process's own: two may write at once
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(content)
+    os.replace(temporary, path)
+
+
+# --------------------------------------
+# The home of benchmarks
+
+
+def find_home():
+    """The folder of all benchmarks, from AUTORESEARCH_HOME. Raises SystemExit if that names no folder."""
+    home = os.path.expanduser(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch")
+    if home.startswith("~"):  # left as it was: there is no such user, or this one has no home
+        raise SystemExit(f"{home}: there is no such home folder; set AUTORESEARCH_HOME to a folder on a local disk")
+    return Path(home).absolute()
+
+
+def explain(error):
+    """An OSError in words, with the way out."""
+    return f"{error}; fix it, or set AUTORESEARCH_HOME to another folder on a local disk, and run this again"
+
+
+# --------------------------------------
+# git
+
+
+class GitAnswer(NamedTuple):
+    worked: bool
+    output: str  # "" if it failed
+    complaint: str
+
+
+def git(*words, folder=None, seconds=GIT_SECONDS):
+    """Run git in a folder, by default that of the repository, whatever the user's configuration: GitAnswer."""
+    settings = []
+    for name, value in GIT_SETTINGS.items():
+        settings += ["-c", f"{name}={value}"]
+    options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    options |= dict(cwd=folder or ROOT, env=os.environ | GIT_ENVIRONMENT)
+    try:
+        process = subprocess.Popen(["git", *settings, *words], **options)
+    except FileNotFoundError:
+        return GitAnswer(False, "", "git is not installed")
+    try:
+        output, complaint = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        end_group(process)
+        return GitAnswer(False, "", f"no answer for {seconds} s, does it wait for a passphrase?")
+    complaint = complaint.decode(errors="replace").strip()
+    if process.returncode != 0:
+        return GitAnswer(False, "", complaint)
+    return GitAnswer(True, output.decode(errors="replace").strip(), complaint)
+
+
+def end_group(process):
+    """End a process that leads a session, with all that it has started. They get half a second to clean up."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+        try:
+            os.killpg(process.pid, number)
+        except AttributeError:  # Windows
+            process.terminate()
+        except OSError:
+            return  # all are gone
+        time.sleep(0.5)
+    process.poll()
