@@ -1,142 +1,142 @@
 """
-The books of a night: results.tsv, what it is worth, and what comes next.
+The commands of a night: what has run, what it is worth, and what comes next.
 
-    uv run ledger.py start <tag> --until 07:00    # checks all that would end the night, and makes the branch
-    uv run ledger.py                              # where the night stands, and the next command
-    uv run ledger.py add ['<description>']        # after a run: writes its row
-    uv run ledger.py open                         # exit 0 while the night goes on: for the loop around the agent
+    uv run ledger.py start <tag> --until 07:00    # the human: checks all that would end the night, and makes the branch
+    uv run ledger.py                              # where the night stands, and the next command; --json for programs
+    uv run ledger.py run                          # the agent: train what comes next, record it, decide
+    uv run ledger.py keep | discard               # the agent: of HEAD, where the rules leave it the choice
+    uv run ledger.py until <when>                 # the human: another end of the night; `now` ends it
+    uv run ledger.py open                         # exit 0 while the night is not over: for the loop around the agent
 
-All state is in git (branch autoresearch/<tag>), results.tsv, night.json and the harness's journal. Nothing heavy is
-imported, so it may run beside a training.
+Nothing heavy is imported, so it may run beside a training.
 
-Sections: Status, Add, Start, Open, Command line. In night/: rows.py reads and writes results.tsv, load.py all the rest,
-worth.py says what runs are worth, rules.py what comes next, checks.py what would end a night.
+Sections: Night, Status, Run, Keep and discard, Start and until, Open, Command line. In night/: record.py reads and
+writes the night's record, rules.py decides, runner.py trains, view.py writes results.tsv, checks.py looks for problems.
 """
 
-import argparse
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
-from datetime import datetime, timedelta
+from dataclasses import asdict
+from datetime import datetime, timedelta, timezone
 
-from harness.journal import ROOT, first_line, flags, git
-from night import checks
-from night.load import as_cells, fallbacks, in_utc, load_night, made_at, row_of
-from night.rows import STATUSES, Row, append_rows
-from night.rules import OVER, crashed_seed, has_crashed, next_step
-from night.steps import describe
-from night.waves import last_attempts, unwritten, winner
-from night.worth import (
-    KEEP,
-    PROMISING,
-    TRIES,
-    disturbed_tries,
-    ends_night,
-    gain,
-    is_final,
-    kept_commits,
-    new_runs,
+from harness import common
+from harness.common import OneLineParser, find_home, git, now
+from harness.journal import flags, read_journal
+from night import checks, runner
+from night.record import NoNight, append, find_tag, read_night, recording
+from night.rules import (
+    RUN,
+    bar,
+    gains_of,
+    is_over,
+    next_step,
     noise_floor,
-    pair,
     scores_of,
-    verdict,
+    short,
 )
+from night.view import move_aside, rows_of, write_view
 
 LAST_ROWS = 10  # that the status shows
-FIRST_WAIT, LONGEST_WAIT = 30, 15 * 60  # seconds that `open` waits when nothing was added since it was last asked
+POLL_SECONDS = 0.3  # between looks at a run that goes on
+IDEAS = "# Ideas\n\n## From the human\n\n## Backlog\n\n## What each try taught\n"
+
+# --------------------------------------
+# Night
+
+
+def load():
+    """
+    The night that is checked out, with all that is over settled and results.tsv up to date: (night, its place, its
+    lines of the journal, sentences on what to look at). Raises NoNight.
+    """
+    with recording(find_tag()) as (night, place):
+        journal = [line for line in read_journal(find_home() / night.benchmark) if line.get("commit")]
+        runner.settle(place, night, journal)
+        edited = write_view(common.ROOT, night, place)
+    problems = [edited] if edited else []
+    if night.unreadable:
+        problems.append(f"{night.unreadable} lines of {place / 'record.jsonl'} cannot be read, and do not count")
+    by_hand = [line for line in journal if line["commit"] == night.head and not line.get("run")]
+    if by_hand:
+        problems.append(f"{len(by_hand)} runs of this commit by hand have no row: `{RUN}` makes runs that count")
+    return night, place, journal, problems
+
+
+def load_budget(night):
+    """The seconds of a run. Raises SystemExit where the night's benchmark is not."""
+    path = find_home() / night.benchmark / "benchmark.json"
+    try:
+        return json.loads(path.read_text())["settings"]["time_budget"]
+    except (OSError, ValueError, KeyError):
+        raise SystemExit(
+            f"the benchmark of this night, {night.benchmark}, is not in {find_home()}: set AUTORESEARCH_HOME to where "
+            "it was prepared, or prepare it again as it was"
+        ) from None
+
 
 # --------------------------------------
 # Status
 
 
-def print_status(folder):
-    night, record, problems = load_night(folder)
-    kept = kept_commits(night)
-    last_keep = kept[-1]
-
-    # final runs measure the night's gain, and do not count in the score to beat
-    scores = scores_of([row for row in night.rows if not is_final(row)], new_runs(night)[0])
-
-    # the noise floor leaves out the commit that it judges
-    floor = noise_floor(scores, without=None if night.head == last_keep else night.head)
-    print(f"night:       {night.tag}, {len(night.rows)} rows, until {night.end}")
-    print(f"benchmark:   {record['id']}, {record['settings']['time_budget']:g} s a run")
+def print_status():
+    night, _, journal, problems = load()
+    floor = noise_floor(night, without=None if night.head == night.last_keep else night.head)
+    print(f"night:       {night.tag}, {len(rows_of(night))} rows, until {end_in_words(night)}")
+    print(f"benchmark:   {night.benchmark}, on {night.device}")
     if math.isnan(floor):
         print("noise floor: unknown until a commit has two runs that count")
     else:
-        limits = f"promising from {PROMISING * floor:+.6f}, keep from {KEEP * floor:+.6f}"
-        print(f"noise floor: {floor:.6f}, pooled over all commits but the one that is judged; {limits}")
+        print(f"noise floor: {floor:.6f}; each of the three runs of an idea must gain more than {floor / 4:.6f}")
 
     # the kept commits in order, each no worse than those before
-    means = [statistics.fmean(scores[commit]) for commit in kept if commit in scores]
+    kept = [scores_of(night.attempt(commit)) for commit in night.kept]
+    means = [statistics.fmean(scores) for scores in kept if scores]
     if len(means) > 1:
         print(f"best so far: {sparkline(list(itertools.accumulate(means, min)))} {means[0]:.4f} to {min(means):.4f}")
-    if last_keep in scores:
-        print(f"to beat:     {statistics.fmean(scores[last_keep]):.6f}, {last_keep}")
-    print_commit(folder, night, last_keep, scores)
-    print_wave(night, last_keep)
-    for row in night.rows[-LAST_ROWS:]:
-        print(f"  {row.commit} {row.val_bpb:.6f} {row.status:<7} {row.description:.100}")
-    for problem in problems:
-        print(f"warning: {problem}")
+    if not math.isnan(bar(night)):
+        print(f"to beat:     {bar(night):.6f}, {short(night.last_keep)}")
+    print(f"this commit: {short(night.head)} {night.attempt(night.head).verdict or 'undecided'}")
+    for run in night.attempt(night.head).runs.values():
+        print(f"  {run_in_words(run, night)}")
+    for cells in rows_of(night)[-LAST_ROWS:]:
+        print(f"  {cells[0]} {cells[1]} {cells[3]:<7} {cells[4]:.100}")
+    print_problems(problems)
     print_next(night)
 
 
-def print_commit(folder, night, last_keep, scores):
-    """The runs of HEAD, their gains over the last keep, and what asks for a look."""
-    place = night.branch or "a detached HEAD"
-    print(f"this commit: {night.head} on {place}")
-    pairs, _ = pair(night.rows, night.runs)
-    counted, _ = new_runs(night)
-    own = [run for run in night.runs if run["commit"][:7] == night.head]
-    for run in own:
-        words = f"{run['val_bpb']:.6f} seed {run['seed']}, {run.get('steps', 0):,} steps"
-        if night.head != last_keep and last_keep in scores:
-            words += f", gain {statistics.fmean(scores[last_keep]) - run['val_bpb']:+.6f}"
-        if run in counted:
-            words += ", no row yet"
-        elif run not in pairs.values():
-            words += ", does not count"
-        print(f"  {words}")
-        for warning in flags(run):
-            print(f"  warning: {warning}")
-    if night.log.get("commit") == night.head:
-        for line in fallbacks(folder / "run.log"):
-            print(f"  warning: run.log: {line}")
+def end_in_words(night):
+    return f"{night.until} rows" if night.until.isdecimal() else night.until
 
 
-def print_wave(night, last_keep):
-    """The commits of a wave that are not kept, the best first, and the jobs that are out."""
-    runs = [run for commit_runs, _ in unwritten(night).values() for run in commit_runs]
-    scores = scores_of(night.rows, runs)
-    attempts = last_attempts(night)
-
-    # jobs that are out, and then what came in, against the last keep
-    out = [job["job"] for job in attempts.values() if job["state"] == "out"]
-    if out:
-        print(f"wave:        {len(out)} jobs are out: {', '.join(out)}")
-    if last_keep not in scores:
-        return
-    tried = dict.fromkeys(commit for commit, _ in attempts if commit in scores and commit not in kept_commits(night))
-    for commit in sorted(tried, key=lambda commit: -gain(commit, last_keep, scores)):
-        gained = gain(commit, last_keep, scores)
-        words = verdict(commit, last_keep, scores)
-        print(f"wave:        {commit} gains {gained:+.6f}, runs {len(scores[commit])}: {words}, {subject_of(commit)}")
-
-
-def subject_of(commit):
-    return git("log", "-1", "--format=%s", commit) or "no subject"
+def print_problems(problems):
+    for problem in problems:
+        print(f"warning: {problem}")
 
 
 def print_next(night):
     step = next_step(night)
     print(f"why:  {step.reason}")
     print(f"next: {step.command}")
+
+
+def run_in_words(run, night):
+    words = f"seed {run.seed}, {run.role}: {run.state}"
+    if run.val_bpb is not None:
+        words += f" {run.val_bpb:.6f}"
+    if run.counts and run.role == "idea" and not math.isnan(bar(night)) and run.commit != night.last_keep:
+        words += f", gain {bar(night) - run.val_bpb:+.6f}"
+    if run.steps:
+        words += f", {run.steps:,} steps, {run.tokens_per_second:,.0f} tokens/s"
+    if run.reason:
+        words += f"; {run.reason}"
+    return words
 
 
 def sparkline(values, width=60):
@@ -153,150 +153,205 @@ def sparkline(values, width=60):
     return blocks
 
 
+def print_json():
+    """The night for programs: what was recorded, what comes next, and what the rules make of it."""
+    night, _, _, problems = load()
+    step = next_step(night)
+    known = {"tag", "until", "start", "benchmark", "device", "line", "changed", "going_on", "time"}
+    values = {name: value for name, value in vars(night).items() if name in known}
+    values |= {
+        "runs": [asdict(run) for run in night.runs.values()],
+        "decisions": [asdict(decision) for decision in night.decided.values()],
+        "kept": night.kept,
+        "noise_floor": none_if_nan(noise_floor(night)),
+        "to_beat": none_if_nan(bar(night)),
+        "over": is_over(night),
+        "problems": problems,
+        "next": asdict(step),
+    }
+    print(json.dumps(values))
+
+
+def none_if_nan(value):
+    return None if math.isnan(value) else value
+
+
 # --------------------------------------
-# Add
+# Run
 
 
-def add(folder, description, forced=None):
-    """Write the rows of HEAD's runs that have none, and of its crash. Raises SystemExit if nothing is to write."""
-    night, _, problems = load_night(folder)
-    refuse_unclear(night)
-    counted, _ = new_runs(night)
-    if forced == "crash" and counted:
-        raise SystemExit("--crash is for a run without a score: use --discard")
-    scores = scores_of(night.rows, counted)
-    # rows end with the seed of their run, whoever typed one
-    description = re.sub(r", seed \d+$", "", description or describe(night))
-    if counted and ends_night(counted[0], night):
-        description = f"{description.removesuffix(', final')}, final"
-    if forced == "keep" and night.head not in kept_commits(night):
-        refuse_worse(night, scores)
-    status = forced or status_of(night, scores)
-    if forced == "discard":
-        description += ", dropped"
-    rows = [row_of(run, status, description) for run in counted]
-    rows += crash_rows(night, description, forced)
-
-    # the gain, and what asks for a look, before anybody believes it; and why a run does not count
-    print_commit(folder, night, kept_commits(night)[-1], scores)
-    if not rows:
-        raise SystemExit(f"nothing to add: {night.head} has no run without a row; see `uv run ledger.py`")
-    write_rows(folder, rows, problems)
-
-
-def add_wave(folder):
-    """Write the rows of a wave's jobs that have none. Raises SystemExit if nothing is to write."""
-    night, _, problems = load_night(folder)
-    results = unwritten(night)
-    if not results:
-        raise SystemExit("nothing to add: no commit has all its jobs in and a row missing; see `uv run ledger.py`")
-
-    # only one commit is kept: a second winner is combined with it, and runs again
-    kept = [*kept_commits(night), winner(night, results)]  # the latter may be None
-    rows = []
-    for commit, (runs, crashes) in results.items():
-        status = "keep" if commit in kept else "discard"
-        subject = "baseline" if commit == night.start else subject_of(commit)
-        for run in runs:
-            ending = ", final" if ends_night(run, night) else ""
-            rows.append(row_of(run, status, subject + ending))
-        for seed, reason in crashes:
-            rows.append(Row(commit, math.nan, 0.0, "crash", f"{subject}: {reason}, seed {seed}", 0))
-    print_wave(night, kept_commits(night)[-1])
-    write_rows(folder, rows, problems)
-
-
-def write_rows(folder, rows, problems):
-    append_rows(folder / "results.tsv", [as_cells(row) for row in rows])
-    for problem in problems:
-        print(f"warning: {problem}")
-    for row in rows:
-        print(f"added: {row.commit} {as_cells(row)[1]} {row.status}, {row.description}")
-    print_next(load_night(folder)[0])
-
-
-def refuse_unclear(night):
-    """Raise SystemExit where it is not clear what has run."""
-    if night.conflict:
-        raise SystemExit("train.py has conflict markers: nothing is written; see `uv run ledger.py`")
-    if night.changed:
-        raise SystemExit("train.py has uncommitted changes, so the runs are of another file: commit or drop them first")
-    if night.running and night.log.get("commit") == night.head:
-        raise SystemExit(f"this commit's training runs (pid {night.running}): wait for it, then add its row")
-
-
-def crash_rows(night, description, forced):
-    """The row of a run of HEAD that has left no score, if there is one: [Row]."""
-    seed, tries = disturbed_tries(night)
-    log_is_ours = night.log.get("commit") == night.head
-    if has_crashed(night):
-        reason = f"{night.log['reason']}, seed {crashed_seed(night)}"
-    elif tries >= TRIES or (tries and forced == "crash"):
-        reason = f"disturbed {tries} times, seed {seed}"
-    elif forced == "crash" and log_is_ours and night.log["seed"] and not new_runs(night)[0]:
-        reason = f"cut off, seed {night.log['seed']}"  # no error, no score: only its owner knows why
+def run():
+    """
+    Train what comes next, or wait for the run that goes on; then print how it ended, and what comes next. Where nothing
+    is to run, because it has run already, this says how that ended.
+    """
+    night, place, _, _ = load()
+    step = next_step(night)
+    if step.kind == "run":
+        budget = load_budget(night)
+        keeper = start_run(step.training, budget)
+        wait_for_run(place, keeper)
+    elif step.kind == "wait":
+        print(f"run {night.going_on['run']} goes on: waiting for it", flush=True)
+        wait_for_run(place, None)
+    elif step.kind == "drop":
+        raise SystemExit(f"nothing is run: {step.reason}\nnext: {step.command}")
     else:
-        return []
-    return [Row(night.head, math.nan, 0.0, "crash", f"{description}: {reason}", 0)]
-
-
-def status_of(night, scores):
-    """The status of HEAD's new rows: keep for what was kept before, and for what the rule keeps."""
-    kept = kept_commits(night)
-    if night.head in kept:
-        return "keep"
-    if night.head in scores and verdict(night.head, kept[-1], scores) == "keep":
-        return "keep"
-    return "discard"
-
-
-def refuse_worse(night, scores):
-    """Raise SystemExit unless something simpler has run twice, and its second run is not behind."""
-    if len(scores.get(night.head, [])) < 2:
-        raise SystemExit("--keep wants a second run first: AUTORESEARCH_SEED=2 uv run train.py > run.log 2>&1")
-    last_keep = kept_commits(night)[-1]
-    if last_keep not in scores:
-        raise SystemExit("--keep wants a baseline to be compared with: see `uv run ledger.py`")
-    gained = gain(night.head, last_keep, scores)
-    if gained < 0:
-        raise SystemExit(f"--keep is for what is simpler and not worse: the gain is {gained:+.6f}; use --discard")
-
-
-# --------------------------------------
-# Start
-
-
-def start(folder, tag, until="never"):
-    """Check everything, then make the branch, an empty results.tsv and night.json."""
-    until = parse_until(until)
-    problems = checks.find_problems(folder, tag)
-    if problems:
-        raise SystemExit("\n".join(f"- {problem}" for problem in problems))
-    commit = checks.first_commit(folder, tag)
-
-    # an old ledger is moved aside, over nothing
-    ledger = folder / "results.tsv"
-    if ledger.exists():
-        names = (f"results-before-{tag.replace('/', '-')}{number}.tsv" for number in ("", *range(2, 1000)))
-        old = next(folder / name for name in names if not (folder / name).exists())
-        os.replace(ledger, old)
-        print(f"the ledger of another night is {old.name} now")
-    append_rows(ledger, [])
-    state = {"tag": tag, "until": until, "started": made_at(commit), "commit": commit}
-    (folder / "night.json").write_text(json.dumps(state) + "\n")
-    (folder / "run.log").unlink(missing_ok=True)
-    ideas = folder / "ideas.md"
-    if not ideas.exists():
-        ideas.write_text("# Ideas\n\n## Backlog\n\n## What each try taught\n")
-    night, record, _ = load_night(folder)
-    print(f"branch autoresearch/{tag}, from {git('log', '-1', '--format=%h (%s)', 'HEAD^')}, until {night.end}")
-    if until.isdecimal() and int(until) < 24:
-        print(f"(if you meant the hour: delete the branch, and start with --until {int(until):02}:00)")
-    print(f"benchmark {record['id']}, {record['settings']['time_budget']:g} s a run")
+        print("nothing is to run; the last run:")
+    night, _, journal, problems = load()
+    print_run(night, journal)
+    print_problems(problems)
     print_next(night)
 
 
-def parse_until(text):
+def start_run(training, budget):
+    """Start a keeper, unless another process has done so since; returns its process, or None."""
+    with recording(find_tag()) as (night, place):
+        if runner.is_running(place) or runner.read_run(place):
+            return None
+        return runner.begin(place, night, training, budget)
+
+
+def wait_for_run(place, keeper):
+    """
+    Wait until the run is over. Ctrl-C ends a run that this process has started; otherwise only the waiting, as do all
+    other signals.
+    """
+    said = ""
+    try:
+        while runner.is_running(place):
+            time.sleep(POLL_SECONDS)
+            if keeper:
+                keeper.poll()  # so that it is no zombie
+            state = runner.read_run(place) or {}
+            if state.get("waiting") and state["waiting"] != said:
+                said = state["waiting"]
+                print(f"waiting for the device: {said}", flush=True)
+            show_progress(state)
+    except KeyboardInterrupt:
+        if not keeper:
+            raise
+        keeper.send_signal(signal.SIGINT)
+        keeper.wait()
+        load()
+        raise
+    finally:
+        show_progress(None)
+
+
+def show_progress(state):
+    """On a terminal, the last line of the log; None clears it."""
+    if sys.stdout.isatty():
+        line = runner.last_line(runner.read_log(state["log"])) if state else ""
+        print(f"\r\x1b[K{line[:100]}", end="", flush=True)
+
+
+def print_run(night, journal):
+    """The last run: its score and gain, its curve beside that of the last keep, and what asks for a look."""
+    if not night.runs:
+        return
+    last = list(night.runs.values())[-1]
+    print(f"run:  {short(last.commit)} {run_in_words(last, night)}")
+    keeps = [other for other in night.attempt(night.last_keep).counted() if other.run != last.run]
+    if last.losses:
+        words = f"loss by tenths: {as_curve(last.losses)}"
+        if keeps:
+            speed = f"{keeps[-1].steps:,} steps, {keeps[-1].tokens_per_second:,.0f} tokens/s"
+            words += f"; keep: {as_curve(keeps[-1].losses)} ({speed})"
+        print(words)
+    warnings = [flag for line in journal if line.get("run") == last.run for flag in flags(line)]
+    print_problems(warnings + runner.fallbacks(runner.read_log(common.ROOT / "run.log")))
+    decision = night.attempt(last.commit).decision
+    if decision:
+        print(f"decision: {decision.decision} {short(last.commit)}, {decision.reason}")
+
+
+def as_curve(losses):
+    return " ".join("-" if loss is None else f"{loss:.2f}" for loss in losses)
+
+
+# --------------------------------------
+# Keep and discard
+
+
+def decide(decision):
+    """The agent's own decision of HEAD, where the rules leave it the choice."""
+    night, _, _, _ = load()
+    attempt = night.attempt(night.head)
+    if night.head in night.kept and decision == "keep":
+        raise SystemExit(f"{short(night.head)} is kept already")
+    if night.head == night.start:
+        raise SystemExit("the baseline is what all is compared with: commit an idea first")
+    if not attempt.counted():
+        raise SystemExit(f"{short(night.head)} has no run that counts; next: {RUN}")
+    if night.last_keep not in night.line and decision == "keep":
+        raise SystemExit(f"not kept: {next_step(night).reason}; next: {next_step(night).command}")
+    gains = gains_of(night.head, night)
+    values = {"commit": night.head, "decision": decision, "by": "hand", "reason": "by hand"}
+    if decision == "keep":
+        values |= decide_keep(night, attempt, gains)
+    if gains:
+        values["gain"] = round(gains[-1], 6)
+    with recording(night.tag) as (night, place):
+        append(place, night, {"kind": "decision", "time": now(), **values})
+        write_view(common.ROOT, night, place)
+    print(f"decision: {values['decision']} {short(night.head)}, {values['reason']}")
+    print_next(night)
+
+
+def decide_keep(night, attempt, gains):
+    """What becomes of a commit that is simpler: a decision, or the wish for a second run. Raises SystemExit."""
+    if any(run.state == "crash" for run in attempt.of_role("idea")):
+        raise SystemExit(f"{short(night.head)} has crashed: mend it in a new commit")
+    if len(gains) < 2:
+        return {"decision": "simpler", "reason": "it is kept if its second run is not worse than the last keep"}
+    if gains[-1] < 0:
+        raise SystemExit(f"keep is for what is simpler and not worse: its gain is {gains[-1]:+.6f}")
+    return {"reason": "by hand: simpler, and not worse"}
+
+
+# --------------------------------------
+# Start and until
+
+
+def start(tag, until):
+    """Check everything, then make the branch, the first commit and the record."""
+    until = parse_until(until, "--until ")
+    problems, device = checks.find_problems(common.ROOT, tag)
+    if problems:
+        raise SystemExit("\n".join(f"- {problem}" for problem in problems))
+    benchmark = (find_home() / "current").read_text().strip()
+    words = {"kind": "start", "time": now(), "tag": tag, "until": until, "benchmark": benchmark, "device": device}
+    checks.first_commit(common.ROOT, tag, json.dumps(words))
+    ledger = common.ROOT / "results.tsv"
+    if ledger.exists():
+        aside = move_aside(ledger, f"results-before-{tag.replace('/', '-')}")
+        print(f"the ledger of another night is {aside.name} now")
+    ideas = common.ROOT / "ideas.md"
+    if not ideas.exists():
+        ideas.write_text(IDEAS)
+    night, _, _, _ = load()
+    origin = git("log", "-1", "--format=%h (%s)", "HEAD^").output
+    print(f"branch autoresearch/{tag}, from {origin}, until {end_in_words(night)}")
+    if until.isdecimal() and int(until) < 24:
+        print(f"(if you meant the hour: uv run ledger.py until {int(until):02}:00)")
+    if until == "never":
+        print("(a night without an end has no final runs, so no gain to report: `uv run ledger.py until now` ends it)")
+    print(f"benchmark {night.benchmark}, {load_budget(night):g} s a run, on {night.device}")
+    print_next(night)
+
+
+def set_until(text):
+    """Another end of the night. It also says that the human has mended what no agent can."""
+    until = now() if text == "now" else parse_until(text, "until ")
+    with recording(find_tag()) as (night, place):
+        append(place, night, {"kind": "end", "time": now(), "until": until})
+    night, _, _, _ = load()
+    print(f"the night {night.tag} lasts until {end_in_words(night)}")
+    print_next(night)
+
+
+def parse_until(text, command):
     """A time of day becomes the next such time, in ISO form and UTC; numbers and `never` stay. Raises SystemExit."""
     if text == "never" or re.fullmatch(r"[1-9][0-9]*", text):
         return text
@@ -312,85 +367,55 @@ def parse_until(text):
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise SystemExit(f"--until {text}: must be like 07:00, 2026-11-28T07:00, 40 (rows) or never") from None
+        raise SystemExit(f"{command}{text}: must be like 07:00, 2026-11-28T07:00, 40 (rows) or never") from None
     if moment.astimezone() <= here.astimezone():
-        raise SystemExit(f"--until {text}: that is in the past")
+        raise SystemExit(f"{command}{text}: that is in the past")
     return in_utc(moment)
+
+
+def in_utc(moment):
+    return moment.astimezone(timezone.utc).isoformat(timespec="seconds")
 
 
 # --------------------------------------
 # Open
 
 
-def wait_while_open(folder):
+def is_open():
     """
-    Raise SystemExit(1) when the night is over. When no row was added since it was last asked, it waits first: 30 s,
-    then twice as long each time. So a client that fails at once, as at a usage limit, costs nothing. Books in a bad
-    state end no night: an agent may repair them.
+    Whether an agent has something to do: the night is not over, and waits for nothing that only the human can mend.
+    Where another branch is checked out, an agent can go back to the night's.
     """
     try:
-        night, _, _ = load_night(folder)
-        step = next_step(night)
-        rows = f"{night.tag}: {len(night.rows)}"
-    except (SystemExit, Exception) as error:
-        print(f"the books cannot be read ({first_line(error)})", flush=True)
-        step, rows = None, "unknown"
-    if step and step.command == OVER:
-        print(f"the night is over: {step.reason}")
-        raise SystemExit(1)
-
-    # how long it has waited is kept in .git: no other place is sure to be ignored
-    memory = folder / (git("rev-parse", "--git-path", "autoresearch-open.json") or ".git/autoresearch-open.json")
-    wait = next_wait(memory, rows)
-    if wait:
-        print(f"no row was added since: waiting {wait} s", flush=True)
-        time.sleep(wait)
-
-
-def next_wait(memory, rows):
-    """The seconds to wait, given the file with those of the last time, which is written anew."""
-    wait = 0
-    try:
-        before = json.loads(memory.read_text())
-        if before["rows"] == rows:
-            wait = min(LONGEST_WAIT, max(FIRST_WAIT, 2 * before["wait"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # asked for the first time
-    try:
-        memory.write_text(json.dumps({"rows": rows, "wait": wait}))
-    except OSError:
-        wait = FIRST_WAIT  # where nothing can be kept, a loop must not spin
-    return wait
+        night, place = read_night()
+    except NoNight as error:
+        print(error)
+        return "git checkout" in str(error)
+    night.going_on = runner.read_run(place)
+    step = next_step(night)
+    if step.kind in ("over", "tell"):
+        print(f"{step.command.removeprefix('# ')}: {step.reason}")
+    return step.kind not in ("over", "tell")
 
 
 # --------------------------------------
 # Command line
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse_arguments(arguments=None):
     parser = OneLineParser(description="The books of a night: see program.md.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="start | add | open")
+    parser.add_argument("--json", action="store_true", help="print the night for programs")
+    commands = parser.add_subparsers(dest="command", metavar="start | run | keep | discard | until | open")
     begin = commands.add_parser("start", allow_abbrev=False, help="check everything and make the branch")
     begin.add_argument("tag", help="a name for the night, such as nov28")
-    begin.add_argument("--until", default="never", help="07:00, 2026-11-28T07:00, 40 (rows) or never, the default")
-    row = commands.add_parser("add", allow_abbrev=False, help="write the rows of this commit's runs")
-    row.add_argument("description", nargs="?", help="what was tried; without one, the commit's message")
-    row.add_argument("--wave", action="store_true", help="instead: the rows of the wave's jobs (swarm/program.md)")
-    choice = row.add_mutually_exclusive_group()
-    for status in STATUSES:
-        choice.add_argument(
-            f"--{status}", action="store_const", const=status, dest="status", help=f"make it a {status}"
-        )
-    commands.add_parser("open", allow_abbrev=False, help="exit 0 while the night goes on")
-    options = parser.parse_args(arguments)
-    if options.command == "add" and options.wave and (options.description or options.status):
-        row.error("--wave takes no description and no status: each commit has its own")
-    return options
+    begin.add_argument("--until", required=True, metavar="WHEN", help="07:00, 2026-11-28T07:00, 40 (rows) or never")
+    commands.add_parser("run", allow_abbrev=False, help="train what comes next, record it, decide")
+    commands.add_parser("keep", allow_abbrev=False, help="HEAD is simpler: keep it, if its second run is not worse")
+    commands.add_parser("discard", allow_abbrev=False, help="drop HEAD, though it is promising")
+    end = commands.add_parser("until", allow_abbrev=False, help="another end of the night")
+    end.add_argument("when", help="as for start, or `now`")
+    commands.add_parser("open", allow_abbrev=False, help="exit 0 while the night is not over")
+    return parser.parse_args(arguments)
 
 
 def main(arguments=None):
@@ -399,15 +424,19 @@ def main(arguments=None):
     # a terminal that cannot print a description shows ? in it
     sys.stdout.reconfigure(errors="replace")
     if options.command == "start":
-        start(ROOT, options.tag, options.until)
-    elif options.command == "add" and options.wave:
-        add_wave(ROOT)
-    elif options.command == "add":
-        add(ROOT, options.description, options.status)
+        start(options.tag, options.until)
+    elif options.command == "run":
+        run()
+    elif options.command in ("keep", "discard"):
+        decide(options.command)
+    elif options.command == "until":
+        set_until(options.when)
     elif options.command == "open":
-        wait_while_open(ROOT)
+        sys.exit(0 if is_open() else 1)
+    elif options.json:
+        print_json()
     else:
-        print_status(ROOT)
+        print_status()
 
 
 if __name__ == "__main__":
@@ -416,3 +445,5 @@ if __name__ == "__main__":
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)

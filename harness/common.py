@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent  # of the repository
 COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # that torch calls, unless $CXX names another
+DEVICE_TAKEN = 75  # exit code of a training that found its device taken (EX_TEMPFAIL of sysexits.h)
 GIT_SECONDS = 20  # for signing and hooks
 
 # What a user's configuration could change in the output of git, set to what we read

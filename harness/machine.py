@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from harness.common import first_line
+from harness.common import DEVICE_TAKEN, first_line
 
 # FlashAttention-3 on the kernels hub, and the compute capabilities that it runs on: A100 and H100. On others it calls
 # exit(1), which nothing catches
@@ -33,8 +33,6 @@ PEAK_FLOPS = {
 }
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-DEVICE_TAKEN = 75  # exit code of a training that found its device taken (EX_TEMPFAIL of sysexits.h)
 
 SLOW_STEP = 1.5  # a step that took longer than this many usual ones was disturbed
 BLOCKS = 8  # parts of a run, by steps, whose medians tell what is usual

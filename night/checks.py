@@ -1,55 +1,33 @@
 """Problems that would end a night, each with its fix: `ledger.py start` lists them while the human is awake."""
 
+import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from harness.journal import COMPILER, find_home, first_line, lock_folder
+from harness.common import COMPILER, find_home, first_line, git
+from night.record import find_place
 
-COMMIT_SECONDS = 20  # for signing and hooks
 LOCK_SECONDS = 5  # for another process that looks at the same moment
 
-
-def run_git(folder, *words, seconds=None):
-    """Run git without a prompt: (whether it worked, what it prints, what it complains of)."""
-    seconds = seconds or COMMIT_SECONDS
-    environment = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "LC_ALL": "C"}
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        process = subprocess.Popen(["git", *words], cwd=folder, env=environment, start_new_session=True, **pipes)
-    except FileNotFoundError:
-        return False, "", "git is not installed"
-    try:
-        output, complaint = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        end(process)
-        return False, "", f"no answer for {seconds} s, does it wait for a passphrase?"
-    worked = process.returncode == 0
-    return worked, output.decode(errors="replace").strip(), complaint.decode(errors="replace").strip()
-
-
-def end(process):
-    """End git with all that it has started. It gets half a second to remove its lock files."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
-        try:
-            os.killpg(process.pid, number)
-        except AttributeError:  # Windows
-            process.terminate()
-        except OSError:
-            return  # all are gone
-        time.sleep(0.5)
-    process.poll()
+# torch is asked in a process of its own: nothing heavy is imported here
+ASK_DEVICE = """
+import json, torch
+from harness.machine import device_name, why_no_gpu
+kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+print(json.dumps({"device": device_name(torch.device(kind)), "hidden": None if kind == "cuda" else why_no_gpu()}))
+"""
 
 
 def find_problems(folder, tag):
-    """All that is wrong: a list of lines. Empty if the night can start."""
-    return [*git_problems(folder, tag), *machine_problems(), *compiler_problems(folder)]
+    """All that is wrong, and the name of the device: ([sentence], text). The night can start if there is nothing."""
+    device, hidden = find_device(folder)
+    return [*git_problems(folder, tag), *home_problems(), *hidden, *compiler_problems(folder)], device
 
 
 # --------------------------------------
@@ -57,7 +35,7 @@ def find_problems(folder, tag):
 
 
 def git_problems(folder, tag):
-    worked, top, complaint = run_git(folder, "rev-parse", "--show-toplevel")
+    worked, top, complaint = git("rev-parse", "--show-toplevel", folder=folder)
     if "not installed" in complaint:
         return ["git is missing: install it"]
 
@@ -72,7 +50,7 @@ def git_problems(folder, tag):
         return [
             f"this folder lies inside another repository, {top}, and resets would change that: move it out of there"
         ]
-    if not run_git(folder, "rev-parse", "--verify", "-q", "HEAD")[0]:
+    if not git("rev-parse", "--verify", "-q", "HEAD", folder=folder).worked:
         return [*identity_problems(folder), "nothing is committed here yet: git add -A && git commit -m start"]
     return [*branch_problems(folder, tag), *identity_problems(folder), *state_problems(folder)]
 
@@ -80,39 +58,39 @@ def git_problems(folder, tag):
 def branch_problems(folder, tag):
     found = []
     is_name = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", tag)  # of a night on a hub: tag/agent
-    if not is_name or not run_git(folder, "check-ref-format", "--branch", f"autoresearch/{tag}")[0]:
+    if not is_name or not git("check-ref-format", "--branch", f"autoresearch/{tag}", folder=folder).worked:
         found.append(f"'{tag}' can't name a branch: use letters, digits, - and _")
-    elif run_git(folder, "rev-parse", "--verify", "-q", f"refs/heads/autoresearch/{tag}")[0]:
+    elif git("rev-parse", "--verify", "-q", f"refs/heads/autoresearch/{tag}", folder=folder).worked:
         found.append(f"this night exists: take another tag, or go on: git checkout autoresearch/{tag}")
+
+    elif (find_place(tag, folder) / "record.jsonl").exists():
+        found.append(f"the night {tag} was here, and its branch is gone: take another tag")
 
     # git keeps branches as files: one of this name leaves no room for a folder
     for parent in sorted({"autoresearch", f"autoresearch/{tag}".rpartition("/")[0]}):
-        if run_git(folder, "rev-parse", "--verify", "-q", f"refs/heads/{parent}")[0]:
+        if git("rev-parse", "--verify", "-q", f"refs/heads/{parent}", folder=folder).worked:
             found.append(f"a branch `{parent}` is in the way: git branch -m {parent} old-{parent.replace('/', '-')}")
     return found
 
 
 def identity_problems(folder):
     for name in ("AUTHOR", "COMMITTER"):
-        if not run_git(folder, "var", f"GIT_{name}_IDENT")[0]:
+        if not git("var", f"GIT_{name}_IDENT", folder=folder).worked:
             return ["git does not know who you are: git config user.name me && git config user.email me@localhost"]
     return []
 
 
 def state_problems(folder):
     found = []
-    lock = run_git(folder, "rev-parse", "--git-path", "index.lock")[1]
+    lock = git("rev-parse", "--git-path", "index.lock", folder=folder).output
     if Path(folder, lock).exists():
         found.append(f"another git runs here, or one was killed: rm '{lock}'")
 
-    # a run beside other changes could not be told from its commit
-    changes = run_git(folder, "status", "--porcelain", "--untracked-files=no")[1].splitlines()
+    # runs are made of commits, so none would have these
+    changes = git("status", "--porcelain", "--untracked-files=no", folder=folder).output.splitlines()
     if changes:
         found.append(f"uncommitted changes, such as {changes[0][2:].strip()}: git stash, or commit them")
-    stray = run_git(folder, "ls-files", "--others", "--exclude-standard", "--", "*.py")[1].splitlines()
-    if stray:
-        found.append(f"git does not know {stray[0]}, so no run could be told from its commit: add or remove it")
-    if run_git(folder, "ls-files", "--", "results.tsv")[1]:
+    if git("ls-files", "--", "results.tsv", folder=folder).output:
         found.append("git tracks results.tsv: git rm --cached results.tsv, and commit that")
     return found
 
@@ -121,8 +99,8 @@ def state_problems(folder):
 # The machine
 
 
-def machine_problems():
-    """The benchmark's folder and the device."""
+def home_problems():
+    """The benchmark's folder."""
     try:
         home = find_home()
     except SystemExit as error:
@@ -134,14 +112,21 @@ def machine_problems():
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / "night.lock", timeout=LOCK_SECONDS):
             pass
-    except Timeout:
-        found.append(f"{home / 'night.lock'} is taken by another process: end it")
     except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
         found.append(f"{home}: {first_line(error)}: set AUTORESEARCH_HOME to a folder on a local disk")
-    pid = running_training()
-    if pid:
-        found.append(f"another training runs on this machine: wait for it, or kill {pid}")
     return found
+
+
+def find_device(folder):
+    """The device that a training would take, and why it is not the GPU of this machine: (name, [sentence])."""
+    command = [sys.executable, "-c", ASK_DEVICE]
+    asked = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    if asked.returncode != 0:
+        return "", [f"torch does not tell the device: {first_line(asked.stderr.strip().rpartition(chr(10))[2])}"]
+    found = json.loads(asked.stdout.splitlines()[-1])
+    if found["hidden"] and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        return found["device"], [f"{found['hidden']}; to train on the CPU all the same: export CUDA_VISIBLE_DEVICES="]
+    return found["device"], []
 
 
 def compiler_problems(folder):
@@ -154,44 +139,31 @@ def compiler_problems(folder):
     return [f"no C++ compiler, so training is slow: install {compiler}, or commit COMPILE = False in train.py"]
 
 
-def running_training():
-    """The pid of a training that holds the lock of a device of this machine; "" if there is none."""
-    for path in sorted(lock_folder().glob("*.lock")):
-        try:
-            with FileLock(path, timeout=0, mode=0o666):
-                continue
-        except Timeout:
-            holder = path.with_suffix(".pid")
-            return holder.read_text().strip() if holder.exists() else "unknown"
-        except OSError:
-            continue  # a lock that can't be looked at holds nobody up
-    return ""
-
-
 # --------------------------------------
 # The first commit
 
 
-def first_commit(folder, tag):
+def first_commit(folder, tag, words):
     """
-    Make the branch and its first commit, empty: signing and hooks are tried for real. Returns its hash.
+    Make the branch and its first commit, empty, with these words: signing and hooks are tried for real.
 
     Raises SystemExit, with everything as it was before, if git refuses.
     """
-    before = run_git(folder, "symbolic-ref", "-q", "HEAD")[1]
-    commit = run_git(folder, "rev-parse", "HEAD")[1]
+    before = git("symbolic-ref", "-q", "HEAD", folder=folder).output
+    commit = git("rev-parse", "HEAD", folder=folder).output
     branch = f"autoresearch/{tag}"
-    worked, _, complaint = run_git(folder, "checkout", "-q", "-b", branch)
+    message = f"{branch}: start\n\n{words}"
+    worked, _, complaint = git("checkout", "-q", "-b", branch, folder=folder)
     if worked:
-        worked, _, complaint = run_git(folder, "commit", "-q", "--allow-empty", "-m", f"{branch}: start")
+        worked, _, complaint = git("commit", "-q", "--allow-empty", "-m", message, folder=folder)
     if worked:
-        return run_git(folder, "rev-parse", "HEAD")[1]
+        return
 
     # back, without `checkout`, whose hook may be the one that refuses
     if before:
-        run_git(folder, "symbolic-ref", "HEAD", before)
+        git("symbolic-ref", "HEAD", before, folder=folder)
     else:
-        run_git(folder, "update-ref", "--no-deref", "HEAD", commit)
-    run_git(folder, "update-ref", "-d", f"refs/heads/{branch}")
+        git("update-ref", "--no-deref", "HEAD", commit, folder=folder)
+    git("update-ref", "-d", f"refs/heads/{branch}", folder=folder)
     fix = "signing: git config commit.gpgsign false; a hook: git config core.hooksPath /dev/null"
     raise SystemExit(f"git refuses to commit ({first_line(complaint or 'no reason given')}); {fix}")

@@ -1,253 +1,425 @@
 """
-What comes next in a night: a command, and why. The rules are those of program.md, in its order; they are pure, so that
-their test is a table of nights.
+What a commit is worth, and what comes next: pure functions of a Night that was read once.
+
+Gains are positive where val_bpb has fallen. Three runs decide (../program.md): each step of the way asks for a gain of
+more than QUARTER of the noise floor over the last keep.
+
+Sections: Worth, Decisions, What a commit needs, What comes next.
 """
 
 import math
-import re
+import statistics
+from dataclasses import dataclass
 
-from night.steps import DROP, NEW_IDEA, Step, add_step, go_to, run_step, submit_step
-from night.waves import last_attempts, with_a_wave
-from night.worth import (
-    FINAL_SEEDS,
-    TRIES,
-    confirmed_gain,
-    disturbed_tries,
-    first_free,
-    is_given_up,
-    is_over,
-    kept_commits,
-    new_runs,
-    pair,
-    scores_of,
-    seeds_of,
-    verdict,
-)
+from night.record import Decision
 
+QUARTER = 1 / 4  # of the noise floor: what each step must gain
+IDEA_SEEDS = (1, 2, 3)
 BASELINE_SEEDS = (1, 2, 3)
-DRIFT_ROWS = 20  # after which the baseline runs once more
+FINAL_SEEDS = (4, 5)  # that selected nothing: they tell what the night has gained
+FIRST_AGAIN = 6  # seed of the first run with which a last keep sharpens its bar
+LEAST_SCORES = 2  # of the baseline
+AGAIN_RUNS = 20  # counted runs after which the last keep runs once more
 PRUNING_IDEAS = 8  # after which something that was kept is taken out, to see
-PRUNED = r"^prun"  # how the description of that begins
+STUCK_IDEAS = 5  # not kept in a row: time for another kind of idea
+MOST_DISTURBED = 3  # such runs of one seed are a crash ...
+MOST_KILLED, MOST_INTERRUPTED = 2, 3  # ... and so are these
+
+RUN = "uv run ledger.py run"
+COMMIT = "git commit -q -m '<idea>; expect <gain>' -- train.py"
+DROP = "git checkout HEAD -- train.py"
+NEW_IDEA = "# a new idea: edit train.py"
 OVER = "# the night is over"
 
 
+@dataclass(frozen=True)
+class Training:
+    """A run that comes next."""
+
+    role: str
+    commit: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What comes next: its kind, a command that can be run as it stands, or a comment (#), and the reason."""
+
+    kind: str  # run, wait, idea, drop, reset, tell or over
+    command: str
+    reason: str
+    training: Training | None = None  # of the kind run
+
+
+def short(commit):
+    return commit[:7]
+
+
+# --------------------------------------
+# Worth
+
+
+def scores_of(attempt):
+    return [run.val_bpb for run in attempt.counted()]
+
+
+def noise_floor(night, without=None):
+    """
+    Twice the standard deviation between runs of one commit, pooled over all commits but the one that is judged; NaN if
+    none ran twice.
+    """
+    squares, repeats = 0.0, 0
+    for commit, attempt in night.tries.items():
+        scores = scores_of(attempt)
+        if commit != without and len(scores) > 1:
+            squares += statistics.variance(scores) * (len(scores) - 1)
+            repeats += len(scores) - 1
+    if repeats == 0:
+        return math.nan
+    return 2 * math.sqrt(squares / repeats)
+
+
+def bar(night):
+    """What is to beat: the mean of the last keep's counted runs; NaN before it has any."""
+    scores = scores_of(night.attempt(night.last_keep))
+    return statistics.fmean(scores) if scores else math.nan
+
+
+def gains_of(commit, night):
+    """What the runs that decide have gained, in order: the first, the second, the mean of the second and third."""
+    by_seed = {run.seed: run.val_bpb for run in night.attempt(commit).of_role("idea") if run.counts}
+    to_beat = bar(night)
+    gains = []
+    for seed in IDEA_SEEDS:
+        if seed not in by_seed:
+            break
+        judged = [by_seed[seed]] if seed < 3 else [by_seed[2], by_seed[3]]
+        gains.append(to_beat - statistics.fmean(judged))
+    return gains
+
+
+def least_gain(commit, night):
+    """What each step of a commit must gain. Without a repeated run there is no floor: any gain will do."""
+    floor = noise_floor(night, without=commit)
+    return 0.0 if math.isnan(floor) else QUARTER * floor
+
+
+def final_gain(night):
+    """The gain of the last keep over the baseline with the seeds that selected nothing; NaN until both have run."""
+    means = []
+    for commit in (night.start, night.last_keep):
+        scores = [run.val_bpb for run in night.attempt(commit).of_role("final") if run.counts]
+        if not scores:
+            return math.nan
+        means.append(statistics.fmean(scores))
+    return means[0] - means[1]
+
+
+# --------------------------------------
+# Decisions
+
+
+def due_decisions(night):
+    """What the rule decides of the commits that are undecided: [Decision]."""
+    undecided = [attempt for attempt in night.tries.values() if attempt.verdict in ("", "simpler")]
+    found = []
+    for attempt in undecided:
+        if attempt.commit == night.start:
+            continue
+        if attempt.commit not in night.line and not attempt.verdict:
+            found.append(Decision(attempt.commit, "discard", reason="left"))
+            continue
+        decision = judge(attempt, night)
+        if decision:
+            found.append(decision)
+    return found
+
+
+def judge(attempt, night):
+    """The Decision that the runs of a commit add up to; None while they decide nothing."""
+    crashes = [run for run in attempt.of_role("idea") if run.state == "crash"]
+    if crashes:
+        return Decision(attempt.commit, "discard", reason=f"crashed: {crashes[-1].reason}")
+    gains = gains_of(attempt.commit, night)
+    if not gains or math.isnan(gains[-1]):
+        return None
+    floor = noise_floor(night, without=attempt.commit)
+    numbers = dict(gain=round(gains[-1], 6), floor=None if math.isnan(floor) else round(floor, 6))
+    if attempt.verdict == "simpler":
+        return judge_simpler(attempt, gains, numbers)
+
+    # each step of the way, in order
+    least = least_gain(attempt.commit, night)
+    for place, gained in enumerate(gains):
+        if not gained > least:
+            reason = f"{STEPS[place]} gains {gained:+.6f}, it takes more than {least:.6f}"
+            return Decision(attempt.commit, "discard", **numbers, reason=reason)
+    if len(gains) < len(IDEA_SEEDS):
+        return None
+    return Decision(attempt.commit, "keep", **numbers, reason=f"each step gains more than {least:.6f}")
+
+
+STEPS = ("the first run", "the second run", "the mean of the second and third run")
+
+
+def judge_simpler(attempt, gains, numbers):
+    """Of a commit that the agent wants for being simpler: its runs after the first must not be worse."""
+    if len(gains) < 2:
+        return None
+    if gains[-1] >= 0:
+        return Decision(attempt.commit, "keep", **numbers, reason="simpler, and not worse")
+    return Decision(attempt.commit, "discard", **numbers, reason=f"simpler, but {STEPS[len(gains) - 1]} is worse")
+
+
+# --------------------------------------
+# What a commit needs
+
+
+def lacks(attempt, role, seeds):
+    """Those of the seeds that have no run of this role that counts or crashed."""
+    done = {run.seed for run in attempt.of_role(role) if run.is_over}
+    return [seed for seed in seeds if seed not in done]
+
+
+def needed(commit, night):
+    """The runs that a commit still needs before it is decided: [Training], those that may run at once."""
+    attempt = night.attempt(commit)
+    if commit == night.start:
+        return [Training("baseline", commit, seed) for seed in baseline_seeds(night)]
+    if attempt.verdict in ("keep", "discard"):
+        return []
+    gains = gains_of(commit, night)
+    seeds = IDEA_SEEDS[:1]
+    if gains:
+        seeds = IDEA_SEEDS
+    if attempt.verdict == "simpler":
+        seeds = IDEA_SEEDS[:2]
+    return [Training("idea", commit, seed) for seed in lacks(attempt, "idea", seeds)]
+
+
+def baseline_seeds(night):
+    """The seeds with which the baseline has to run. What crashed before `until` was last said may run again."""
+    attempt = night.attempt(night.start)
+    missing = lacks(attempt, "baseline", BASELINE_SEEDS)
+    scored = [run.seed for run in attempt.of_role("baseline") if run.counts]
+    if missing or len(scored) >= LEAST_SCORES:
+        return missing
+    since = {run.seed for run in runs_since_end(night) if run.role == "baseline" and run.is_over}
+    return [seed for seed in BASELINE_SEEDS if seed not in since and seed not in scored]
+
+
+def runs_since_end(night):
+    """The runs since the human last said `until`, which means that all is well again."""
+    return list(night.runs.values())[night.runs_before_end :]
+
+
+def needed_again(night):
+    """The run that sharpens the bar, when the last keep ran long ago: [Training]."""
+    keep = night.last_keep
+    counted = [run for run in night.runs.values() if run.role != "final" and run.is_over]
+    places = [place for place, run in enumerate(counted) if run.commit == keep]
+    if not places or len([run for run in counted[places[-1] + 1 :] if run.counts]) < AGAIN_RUNS:
+        return []
+    done = [run for run in night.attempt(keep).of_role("again") if run.is_over]
+    return [Training("again", keep, FIRST_AGAIN + len(done))]
+
+
+def needed_finals(night):
+    """The runs at the end, in turns the baseline and the last keep: [Training], none if nothing was kept."""
+    if night.last_keep == night.start:
+        return []
+    found = []
+    for seed in FINAL_SEEDS:
+        for commit in (night.start, night.last_keep):
+            if lacks(night.attempt(commit), "final", [seed]):
+                found.append(Training("final", commit, seed))
+    return found
+
+
+def is_over(night):
+    """Whether no new idea may start."""
+    if night.until == "never":
+        return False
+    if night.until.isdecimal():
+        return len([run for run in night.runs.values() if run.is_over and run.role != "final"]) >= int(night.until)
+    return night.time >= night.until
+
+
+# --------------------------------------
+# What comes next
+
+
 def next_step(night):
-    """The next Step. Its command can be run as it stands; a comment (#) means that it is the agent's turn."""
-    last_keep = kept_commits(night)[-1]
+    """The next Step, in the order of the rules in program.md."""
     return (
-        in_trouble(night)
-        or with_a_wave(night)
-        or off_the_line(night, last_keep)
-        or after_a_run(night)
+        with_a_run_going_on(night)
+        or for_the_human(night)
         or in_baseline(night)
-        or with_an_idea(night, last_keep)
-        or at_the_end(night, last_keep)
-        or with_the_next_idea(night, last_keep)
+        or at_the_end(night)
+        or off_the_line(night)
+        or with_an_idea(night)
+        or with_the_last_keep(night)
     )
 
 
-# --------------------------------------
-# Before anything else
+def run_step(training, reason):
+    return Step("run", RUN, f"{reason}: seed {training.seed} of {short(training.commit)}", training)
 
 
-def in_trouble(night):
-    """Trouble that has to be put right first."""
-    branch = f"autoresearch/{night.tag}"
-    if night.conflict and night.changed:
-        return Step(DROP, "train.py has conflict markers: begin again, by hand")
-    if night.conflict and night.head != night.start:
-        return Step("git reset -q --keep HEAD^", "train.py was committed with conflict markers")
-    if night.running and not any(job["state"] == "out" for job in last_attempts(night).values()):
-        kind = "another training, perhaps not yours, runs"
-        if night.log.get("commit") == night.head:
-            kind = "this commit's training runs"
-        return Step("tail -c 300 run.log", f"{kind} (pid {night.running}): wait for it")
-    if night.stray:
-        return Step(f"# restore or move {night.stray}", "it is not as in HEAD, so no run counts")
-    if night.branch not in ("", branch) and night.changed:
-        return Step("# train.py has changes: commit them, or drop them", f"this is not {branch}")
-    if night.branch not in ("", branch):
-        return Step(f"git checkout -q {branch}", "this is not the branch of the night")
+def with_a_run_going_on(night):
+    if night.going_on:
+        return Step("wait", RUN, "a run is going on: this waits for it")
     return None
 
 
-def off_the_line(night, last_keep):
-    """HEAD is not where the night goes on: behind the last keep, beside it, or on no branch with something new."""
-    branch = f"autoresearch/{night.tag}"
-    # the rules below handle changes, and a tried commit that is checked out by its hash
-    was_tried = night.head in kept_commits(night) or bool(seeds_of(night.head, night)) or has_crashed(night)
-    if night.changed or (was_tried and not night.branch):
+def for_the_human(night):
+    """What no agent can mend, until the human says `until` again."""
+    recent = runs_since_end(night)
+    baseline = [run for run in recent if run.role == "baseline" and run.state != "interrupted"]
+    mended = "mend it, then say when the night ends: uv run ledger.py until <when>"
+    if len(recent) >= 2 and all(run.state == "elsewhere" for run in recent[-2:]):
+        found = f"the last two runs were on {recent[-1].device}, but this night is on {night.device}"
+    elif baseline and baseline[-1].state == "crash" and baseline[-1].exit is None:
+        found = f"the untouched train.py does not get through a run: {baseline[-1].reason}"
+    elif len(baseline) >= 2 and all(run.state == "crash" for run in baseline[-2:]):
+        found = f"the untouched train.py crashes here: {baseline[-1].reason}"
+    elif too_few_scores(night):
+        found = f"the baseline has fewer than {LEAST_SCORES} scores"
+    else:
         return None
-    if night.branch and last_keep not in night.lineage and not new_runs(night)[0]:
-        return Step(f"git reset -q --keep {last_keep}", "HEAD is not on top of the last keep")
-    if night.branch:
-        return None
-
-    # a detached HEAD that never ran: the branch takes what was committed on top of the last keep
-    if last_keep in night.lineage:
-        move = f"git checkout -q {branch} && git reset -q --keep {night.head}"
-        return Step(move, "HEAD is on no branch, so give it one")
-    return Step(f"git checkout -q {branch}", "HEAD is on no branch, and not on top of the last keep")
+    return Step("tell", f"# tell the human: {found}", mended)
 
 
-# --------------------------------------
-# After a run
-
-
-def after_a_run(night):
-    """Rows that are missing, and runs that do not count."""
-    counted, _ = new_runs(night)
-    if night.changed and (counted or has_crashed(night)):
-        return Step(f"# note your idea, then drop it: {DROP}", "runs of HEAD have no row, but train.py has changes")
-    if counted:
-        return add_step(night, f"runs of this commit without a row: {len(counted)}")
-    if has_crashed(night):
-        return add_step(night, f"it has crashed: {night.log['reason']}")
-    if night.changed:
-        return None
-
-    # repeat a disturbed run, up to TRIES times; once the night is over, repeat only final runs
-    seed, tries = disturbed_tries(night)
-    if tries >= TRIES:
-        return add_step(night, f"disturbed {tries} times: give it up")
-    if tries and (seed in FINAL_SEEDS or not is_over(night)):
-        return run_step(night, seed, "disturbed: look what else runs here (`uptime`), then run it again")
-    return with_a_run_elsewhere(night)
-
-
-def has_crashed(night):
-    """Whether run.log is of a run of HEAD that ended with an error, and has no row."""
-    return night.log.get("commit") == night.head and night.log["reason"] != ""
-
-
-def crashed_seed(night):
-    """The seed of that run. One that crashed before it printed its seed gets the first that is free."""
-    return night.log["seed"] or first_free(seeds_of(night.head, night))
-
-
-def with_a_run_elsewhere(night):
-    """A run of another commit of this night that counts and has no row: somebody left before adding it."""
-    _, left = pair(night.rows, night.runs)
-    for commit in dict.fromkeys(run["commit"][:7] for run in left):
-        if commit != night.head and new_runs(night, commit)[0]:
-            return Step(f"git checkout -q --detach {commit}", "a run of this commit has no row: go there to add it")
-    return None
-
-
-# --------------------------------------
-# The night in order: baseline, idea, end, next idea
+def too_few_scores(night):
+    return not needed(night.start, night) and len(scores_of(night.attempt(night.start))) < LEAST_SCORES
 
 
 def in_baseline(night):
-    seeds = seeds_of(night.start, night)
-    missing = [seed for seed in BASELINE_SEEDS if seed not in seeds]
-    if night.start not in scores_of(night.rows) and len(seeds) >= 2:
-        return Step("tail -c 1500 run.log", "the untouched train.py does not run here: tell the human")
-    if not missing or is_over(night):
-        return None
-
-    # its jobs are clones of a commit, so it does not matter what is checked out here
-    if night.wave:
-        return submit_step([(night.start, seed) for seed in missing], "the baseline")
-    if night.changed:
-        return Step(DROP, "the baseline is the untouched train.py: note your idea, and drop it here")
-    if night.head != night.start:
-        return Step(f"git checkout -q --detach {night.start}", "the baseline is not complete")
-    return run_step(night, missing[0], "the baseline")
+    missing = needed(night.start, night)
+    if missing and not is_over(night):
+        return run_step(missing[0], "the baseline")
+    return None
 
 
-def with_an_idea(night, last_keep):
-    """HEAD is a commit that is not kept: run it, run it again, or let it go."""
-    if night.head in kept_commits(night):
-        return None
-    scores = scores_of(night.rows)
-    seeds = seeds_of(night.head, night)
-    if night.changed and night.head in scores:
-        return Step(f"# note your idea, then drop it: {DROP}", "new ideas start from the last keep")
-    if night.changed:
-        return Step("# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
-    if not seeds and not is_over(night):
-        return run_step(night, 1, "a new idea")
-    is_open = night.head in scores and not is_given_up(night.head, night)
-    if is_open and verdict(night.head, last_keep, scores) == "promising":
-        return run_step(night, first_free(seeds), "promising: the second run decides")
-    store = f"git update-ref refs/tries/{night.head} {night.head}"
-    reason = "it is not kept: store it and go back"
-    if is_open and len(seeds) == 1:
-        reason += " (if it is simpler, run seed 2 first: see the table)"
-    return Step(f"{store} && git reset -q --keep {last_keep}", reason)
+def is_candidate(night):
+    """Whether HEAD could be kept: it is above the last keep, and so is nothing that was decided."""
+    above = commits_above(night)
+    return bool(above) and not night.other_files and all(not night.attempt(commit).verdict for commit in above[:-1])
 
 
-def final_runs(night, last_keep):
-    """The runs at the end that are missing, in turns: [(commit, seed)], empty if nothing was kept."""
-    if last_keep == night.start:
-        return []
-    wanted = [(commit, seed) for seed in FINAL_SEEDS for commit in (night.start, last_keep)]
-    return [(commit, seed) for commit, seed in wanted if seed not in seeds_of(commit, night)]
+def commits_above(night):
+    """The commits from the last keep, which is left out, to HEAD; none if HEAD is not above it."""
+    if night.last_keep not in night.line:
+        return ()
+    return night.line[night.line.index(night.last_keep) + 1 :]
 
 
-def at_the_end(night, last_keep):
-    """The baseline and the last keep run on fresh seeds; then the night is over."""
+def at_the_end(night):
+    """A commit that has a run gets those that decide; then baseline and last keep run on fresh seeds."""
     if not is_over(night):
         return None
-    if night.changed:
-        return Step(DROP, "the end: no new idea starts")
-
-    # a cluster has room for all of them at once; one machine takes them in turns
-    missing = final_runs(night, last_keep)
-    if missing and night.wave:
-        return submit_step(missing, "the end: what was gained, on seeds that selected nothing")
+    missing = needed(night.head, night)
+    if is_candidate(night) and night.attempt(night.head).counted() and missing:
+        return run_step(missing[0], "the end, but this commit is not decided")
+    missing = needed_finals(night)
     if missing:
-        commit, seed = missing[0]
-        if night.head == commit:
-            return run_step(night, seed, "the end: what was gained, on seeds that selected nothing")
-        return go_to(commit, night, "the end: in turns, the baseline and the last keep")
-    if not night.branch:
-        return go_to("", night, "back to the branch")
-    return Step(OVER, result_of(night, last_keep))
+        return run_step(missing[0], "the end: what was gained, on seeds that selected nothing")
+    return Step("over", OVER, result_of(night))
 
 
-def result_of(night, last_keep):
+def result_of(night):
     """The result of the night, in words."""
-    if last_keep == night.start:
+    if night.last_keep == night.start:
         return "nothing was kept"
-    gained = confirmed_gain(night)
+    gained = final_gain(night)
     if math.isnan(gained):
         return "the final runs have no score, so no gain is confirmed"
-    return f"the gain to report, on fresh seeds: {gained:+.6f}"
+    words = f"the gain to report, on fresh seeds: {gained:+.6f}"
+    floor = noise_floor(night)
+    if abs(gained) <= floor:
+        words += f", within the noise floor of {floor:.6f}"
+    return words
 
 
-def with_the_next_idea(night, last_keep):
-    """HEAD was kept, or is the baseline once more."""
-    commit = "git commit -q -m '<idea>; expect <gain>' -- train.py"
-    if night.changed and night.branch and night.head == last_keep:
-        return Step("# a new idea is in train.py: finish it", f"commit it when it is done: {commit}")
+def go_back(night, reason):
+    """Reset to the last keep; changes that are in the way have to be dropped first."""
     if night.changed:
-        return Step(DROP, "new ideas start from the last keep, on the branch of the night")
+        return Step("drop", f"# note what you have in train.py, then drop it: {DROP}", reason)
+    return Step("reset", f"git reset -q --keep {short(night.last_keep)}", reason)
 
-    # is the machine still what it was?
-    latest = [row.commit for row in night.rows[-DRIFT_ROWS:]]
-    if not night.wave and len(night.rows) > DRIFT_ROWS and night.start not in latest and last_keep != night.start:
-        if night.head == night.start:
-            return run_step(night, 1, "the baseline once more, to see drift")
-        return go_to(night.start, night, f"no baseline in {DRIFT_ROWS} rows: run it once more, to see drift")
-    if not night.branch or night.head != last_keep:
-        return go_to("", night, "back to the last keep")
 
-    if last_keep != night.start and len(ideas_since(PRUNED, night)) >= PRUNING_IDEAS:
-        return Step(NEW_IDEA, "pruning is due: take out one thing that was kept; its message begins with `prune`")
-    reason = f"commit it when it is done: {commit}"
+def off_the_line(night):
+    """HEAD is where nothing can be kept."""
+    if night.last_keep not in night.line:
+        return go_back(night, "HEAD is not on top of the last keep")
+    if night.other_files:
+        return go_back(night, f"HEAD changes {', '.join(night.other_files)}: only train.py may differ")
+    for commit in commits_above(night)[:-1]:
+        if night.attempt(commit).verdict:
+            return go_back(night, f"HEAD is on top of {short(commit)}, which was not kept, and contains that change")
+    return None
+
+
+def with_an_idea(night):
+    """HEAD is a commit that is not kept."""
+    if night.head == night.last_keep:
+        return None
+    attempt = night.attempt(night.head)
+    if attempt.verdict == "discard":
+        reason = f"discarded, {attempt.decision.reason}"
+        if can_be_simpler(attempt):
+            reason += " (if it is simpler and about as good: `uv run ledger.py keep`, before you reset)"
+        return go_back(night, reason)
+    if night.changed:
+        return Step("drop", "# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
+    missing = needed(night.head, night)
+    if not missing:
+        return go_back(night, "its runs decide nothing, for the last keep has no score that counts")
+    again = needed_again(night)
+    if again and not attempt.runs:
+        return run_step(again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
+    if not attempt.counted():
+        return run_step(missing[0], "a new idea")
+    return run_step(missing[0], "promising")
+
+
+def can_be_simpler(attempt):
+    """Whether `keep` could still make something of a commit that the rule has discarded."""
+    return attempt.decision.by == "rule" and len(attempt.of_role("idea")) > 0 and bool(attempt.counted())
+
+
+def with_the_last_keep(night):
+    """HEAD is the last keep: time for an idea."""
+    again = needed_again(night)
+    if again:
+        return run_step(again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
+    when_done = f"commit it when it is done: {COMMIT}"
     if "/" in night.tag:  # it is shared on a hub
-        reason = f"exchange, look and say what you will try (swarm/program.md); {reason}"
-    return Step(NEW_IDEA, reason)
+        when_done = f"exchange, look and say what you will try (swarm/program.md); {when_done}"
+    if night.changed:
+        return Step("idea", "# a new idea is in train.py: finish it", when_done)
+    if night.last_keep != night.start and ideas_since_pruning(night) >= PRUNING_IDEAS:
+        reason = "pruning is due: take out one thing that was kept; its message begins with `prune`"
+        return Step("idea", NEW_IDEA, reason)
+    lost = ideas_since_keep(night)
+    if lost >= STUCK_IDEAS:
+        return Step("idea", NEW_IDEA, f"{lost} ideas in a row were not kept: change the structure, not a number")
+    return Step("idea", NEW_IDEA, when_done)
 
 
-def ideas_since(pattern, night):
-    """The commits that were tried after the last row whose description matches: all of the night, if none does."""
-    commits = set()
-    for row in night.rows:
-        if re.search(pattern, row.description):
-            commits.clear()
-        elif row.commit != night.start:
-            commits.add(row.commit)
-    return commits
+def ideas_since_pruning(night):
+    count = 0
+    for commit in night.decided:
+        count += 1
+        if night.attempt(commit).description.startswith("prun"):
+            count = 0
+    return count
+
+
+def ideas_since_keep(night):
+    count = 0
+    for decision in night.decided.values():
+        count += 1
+        if decision.decision == "keep":
+            count = 0
+    return count

@@ -236,50 +236,10 @@ def pytest_collection_modifyitems(items):
 
 
 # --------------------------------------
-# A ledger and its journal
-
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-NIGHT = f"""{HEADER}\
-aaaaaaa\t1.002000\t1.0\tkeep\tbaseline, seed 1
-aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 2
-aaaaaaa\t0.999000\t1.0\tkeep\tbaseline, seed 3
-bbbbbbb\t0.990000\t1.5\tkeep\tdeeper, expected -0.01
-ccccccc\t1.200000\t1.0\tdiscard\twider, expected -0.01
-ddddddd\t0.000000\t0.0\tcrash\ta typo
-eeeeeee\t0.989000\t1.0\tdiscard\trate 0.03, expected -0.002
-eeeeeee\t0.987000\t1.0\tkeep\trate 0.03, seed 1
-"""
-
-
-def journal_of(ledger, **changes):
-    """The runs that an honest agent's ledger stands for; `changes` maps row numbers from 1 to other values."""
-    runs = []
-    for number, line in enumerate(ledger.splitlines()[1:], 1):
-        commit, score, _, status, description = line.split("\t")
-        if status == "crash":
-            continue
-        run = {
-            "time": f"2026-11-01T00:{number * 2:02}:00+00:00",
-            "benchmark": "local-T64-V512-3s-00000000",
-            "commit": commit * 5,
-            "dirty": False,
-            "same_harness": True,
-            "seed": int(description.split("seed ")[1]) if "seed " in description else 42,
-            "val_bpb": float(score) + 4e-7,
-            "holdout_bpb": float(score) + 0.1,
-            "scored_rows_read": 0,
-            "untimed_rows": 0,
-            "device": "cpu",
-        }
-        runs.append(run | changes.get(f"row{number}", {}))
-    return runs
-
-
-# --------------------------------------
 # Agents that run the shell lines of documents
 
 BLOCKS = re.findall(r"^ *```sh\n(.*?)^ *```$", (ROOT / "program.md").read_text(), re.M | re.S)
-NAMES = ["start", "look", "commit", "run", "add", "reset"]  # of the blocks: one without a name has no test
+NAMES = ["look", "check", "commit", "run", "reset"]  # of the blocks: one without a name has no test
 PROGRAM = dict(zip(NAMES, map(textwrap.dedent, BLOCKS), strict=True))
 WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
 UNHURRIED = [  # a busy machine is no failure: small steps, and half of the budget
@@ -301,7 +261,7 @@ def weaken(folder):
     """Leave room for a gain in the train.py of a folder, and let no run count as disturbed."""
     replace(folder / "train.py", *((rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK), *UNHURRIED)
     replace(folder / "harness" / "journal.py", ("^SLOW_FLAG = .*", "SLOW_FLAG = 101"))
-    replace(folder / "night" / "worth.py", ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
+    replace(folder / "night" / "runner.py", ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
 
 
 class Agent:

@@ -1,0 +1,304 @@
+"""
+A night as it was recorded, read once into a Night, and the lines that are added to it.
+
+The record of the night on branch autoresearch/<tag> is .git/autoresearch/<tag>/record.jsonl: one JSON object a line,
+of the kind "start", "run", "decision", "end" or "say". Lines are appended, never edited; a later line about the same
+run or commit takes the place of an earlier one. The night's first commit has the words of the first line, too.
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from filelock import FileLock
+
+from harness import common
+from harness.common import git, now
+
+LOCK_SECONDS = 60  # for another process that records
+PREFIX = "autoresearch/"  # of the branches of nights
+START_KEYS = {"until", "commit", "benchmark", "device"}
+ROLES = ("baseline", "idea", "again", "final")
+STATES = ("scored", "crash", "disturbed", "elsewhere", "interrupted")
+DECISIONS = ("keep", "discard", "simpler")  # the last one: kept if its second run is not worse
+
+
+class NoNight(SystemExit):
+    """No night is checked out: the text says what there is, and how to go on."""
+
+
+# --------------------------------------
+# What is in a record
+
+
+@dataclass
+class Run:
+    """One training of one commit, and how it ended."""
+
+    run: str  # its id
+    time: str
+    commit: str
+    role: str
+    seed: int
+    state: str
+    parent: str = ""
+    train: str = ""  # the blob of train.py
+    benchmark: str = ""
+    device: str = ""
+    val_bpb: float | None = None
+    memory_gb: float = 0.0
+    steps: int = 0
+    tokens_per_second: float = 0.0
+    slow_steps_percent: float = 0.0
+    losses: list = field(default_factory=list)  # means of the tenths of the run
+    exit: int | None = None  # exit code, or minus the signal; None where nobody saw the end
+    reason: str = ""
+    description: str = ""
+
+    @property
+    def counts(self):
+        return self.state == "scored"
+
+    @property
+    def is_over(self):
+        """Whether this seed has had its run. Otherwise the run proves nothing, and is made again."""
+        return self.state in ("scored", "crash")
+
+
+@dataclass
+class Decision:
+    commit: str
+    decision: str
+    by: str = "rule"
+    gain: float | None = None
+    floor: float | None = None
+    reason: str = ""
+    time: str = ""
+
+
+@dataclass
+class Try:
+    """A commit that has run, or was decided."""
+
+    commit: str
+    runs: dict = field(default_factory=dict)  # id -> Run, in order
+    decision: Decision | None = None
+
+    @property
+    def verdict(self):
+        """keep, discard or simpler; "" while it is undecided."""
+        return self.decision.decision if self.decision else ""
+
+    @property
+    def description(self):
+        return next((run.description for run in self.runs.values()), "")
+
+    def of_role(self, *roles):
+        return [run for run in self.runs.values() if run.role in roles]
+
+    def counted(self):
+        """The runs that tell what the commit is worth: final ones select nothing, so they are left out."""
+        return [run for run in self.of_role("baseline", "idea", "again") if run.counts]
+
+
+@dataclass
+class Night:
+    """All that a look needs: what was recorded, and where git is. Commits are whole hashes."""
+
+    tag: str = "test"
+    until: str = "never"  # a time (ISO, in UTC), a number of rows, or never
+    start: str = "0" * 40  # the first commit, whose train.py is the baseline
+    benchmark: str = ""
+    device: str = ""
+    tries: dict = field(default_factory=dict)  # commit -> Try
+    runs: dict = field(default_factory=dict)  # id -> Run, in order
+    decided: dict = field(default_factory=dict)  # commit -> Decision, in order
+    runs_before_end: int = 0  # how many runs there were when `until` was last said
+    messages: list = field(default_factory=list)
+    unreadable: int = 0  # lines
+
+    line: tuple = ()  # commits from the first to HEAD, oldest first
+    changed: bool = False  # train.py differs from HEAD
+    other_files: tuple = ()  # Python files but train.py that differ between the first commit and HEAD
+    going_on: dict | None = None  # run.json of the run that is going on
+    time: str = ""  # now
+
+    @property
+    def head(self):
+        return self.line[-1] if self.line else self.start
+
+    @property
+    def kept(self):
+        """The commits that were kept, in that order; the first one is the baseline."""
+        kept = [commit for commit, decision in self.decided.items() if decision.decision == "keep"]
+        return [self.start, *kept]
+
+    @property
+    def last_keep(self):
+        return self.kept[-1]
+
+    def attempt(self, commit):
+        """The Try of a commit; an empty one if it never ran."""
+        return self.tries.get(commit) or Try(commit)
+
+    def add(self, line):
+        """Take in a line of the record. Raises ValueError, KeyError or TypeError if its values are not of its kind."""
+        kind = line["kind"]
+        if kind == "run":
+            run = as_run(line)
+            self.runs[run.run] = run
+            self.tries.setdefault(run.commit, Try(run.commit)).runs[run.run] = run
+        elif kind == "decision":
+            self.add_decision(as_decision(line))
+        elif kind == "end":
+            self.until = str(line["until"])
+            self.runs_before_end = len(self.runs)
+        elif kind == "say":
+            self.messages.append(str(line["message"]))
+
+    def add_decision(self, decision):
+        attempt = self.tries.setdefault(decision.commit, Try(decision.commit))
+        by_hand = attempt.decision and attempt.decision.by == "hand" and attempt.verdict != "simpler"
+        if by_hand and decision.by == "rule":
+            return
+        attempt.decision = decision
+        self.decided.pop(decision.commit, None)  # its place is that of its last decision
+        self.decided[decision.commit] = decision
+
+
+def as_run(line):
+    run = Run(**{item.name: line[item.name] for item in fields(Run) if item.name in line})
+    if run.role not in ROLES or run.state not in STATES or type(run.seed) is not int:
+        raise ValueError("no such role, state or seed")
+    if run.state in ("scored", "disturbed", "elsewhere") and not 0 < float(run.val_bpb) < 1e3:
+        raise ValueError("no score")
+    return run
+
+
+def as_decision(line):
+    decision = Decision(**{item.name: line[item.name] for item in fields(Decision) if item.name in line})
+    if decision.decision not in DECISIONS or decision.by not in ("rule", "hand"):
+        raise ValueError("no such decision")
+    return decision
+
+
+# --------------------------------------
+# Where it lies
+
+
+def find_place(tag, folder=None):
+    """The folder of a night's record and of its runs; one for all worktrees of a repository."""
+    answer = git("rev-parse", "--git-common-dir", folder=folder)
+    if not answer.worked:
+        raise NoNight(f"no repository here: {answer.complaint}")
+    return Path(folder or common.ROOT, answer.output).resolve() / PREFIX / tag
+
+
+def find_tag():
+    """The tag of the night that is checked out. Raises NoNight, with the nights there are, if none is."""
+    branch = git("symbolic-ref", "-q", "--short", "HEAD").output
+    if branch.startswith(PREFIX):
+        return branch.removeprefix(PREFIX)
+    nights = git("for-each-ref", "--sort=committerdate", "--format=%(refname:short)", f"refs/heads/{PREFIX}").output
+    place = f"on {branch}" if branch else "on a detached HEAD"
+    if not nights:
+        raise NoNight(f"no night here ({place}); next: uv run ledger.py start <tag> --until <when>")
+    *older, latest = nights.split()
+    others = f"; older ones: {', '.join(older)}" if older else ""
+    raise NoNight(f"no night here ({place}); next: git checkout -q {latest}{others}")
+
+
+@contextlib.contextmanager
+def recording(tag):
+    """
+    The night with this tag, read under the lock under which lines are added: (night, place). One process of a
+    repository records at a time. Where there is no record, as in a clone, it begins.
+    """
+    place = find_place(tag)
+    first = None if (place / "record.jsonl").exists() else start_of(tag)
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / "record.lock", timeout=LOCK_SECONDS):
+        if first and not (place / "record.jsonl").exists():
+            append(place, Night(), first)
+        yield read_night(tag)
+
+
+def append(place, night, *lines):
+    """Add lines, dicts, to the record and to the night that was read from it. The caller holds recording()."""
+    path = place / "record.jsonl"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with open(path, "ab+") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text  # the last line was torn, by a full disk
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    for line in lines:
+        night.add(line)
+
+
+# --------------------------------------
+# Reading
+
+
+def read_night(tag=None):
+    """The night that is checked out, as it was recorded, and its place. Raises NoNight if there is none."""
+    tag = tag or find_tag()
+    place = find_place(tag)
+    first, *lines = read_lines(place / "record.jsonl") or [None]
+    if not is_start(first):
+        first = start_of(tag)
+    night = Night(tag, str(first["until"]), first["commit"], first["benchmark"], first["device"], time=now())
+    for line in lines:
+        try:
+            night.add(line)
+        except (ValueError, KeyError, TypeError):
+            night.unreadable += 1
+    look_around(night)
+    return night, place
+
+
+def read_lines(path):
+    """The lines of a record; None for those that are no JSON."""
+    lines = []
+    content = path.read_bytes() if path.exists() else b""
+    for text in content.decode(errors="replace").split("\n"):
+        if not text:
+            continue
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            lines.append(None)
+    return lines
+
+
+def is_start(line):
+    return isinstance(line, dict) and set(line) >= START_KEYS
+
+
+def start_of(tag):
+    """The first line of a record, from the night's first commit. Raises NoNight if the branch has none."""
+    subject = f"{PREFIX}{tag}: start"
+    output = git("log", "--format=%H%n%B", "-1", "--fixed-strings", f"--grep={subject}", "HEAD").output
+    commit, _, message = output.partition("\n")
+    try:
+        first = json.loads(message.removeprefix(subject)) | {"commit": commit}
+    except ValueError:
+        first = None
+    if not is_start(first):
+        raise NoNight(f"the branch {PREFIX}{tag} was not begun by `uv run ledger.py start`: begin a night with that")
+    return first
+
+
+def look_around(night):
+    """Where git is."""
+    line = git("rev-list", "--reverse", "--first-parent", "HEAD", f"^{night.start}^@").output
+    night.line = tuple(line.split())
+    night.changed = git("status", "--porcelain", "--", "train.py").output != ""
+    names = git("diff", "--name-only", "--no-ext-diff", night.start, "HEAD", "--", "*.py").output
+    night.other_files = tuple(name for name in names.split("\n") if name not in ("", "train.py"))
