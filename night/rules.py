@@ -324,6 +324,8 @@ def at_the_end(night):
     missing = needed_finals(night)
     if missing:
         return run_step(missing[0], "the end: what was gained, on seeds that selected nothing")
+    if night.head != night.last_keep:
+        return go_back(night, "the end: the branch ends with the last keep")
     return Step("over", OVER, result_of(night))
 
 
