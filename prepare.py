@@ -167,7 +167,7 @@ def open_benchmark(path):
         name=record["dataset"],
         path=path,
         seed=int(seed),
-        prepared_by=record["harness_sha256"],
+        prepared_by=record.get("harness_sha256", ""),
         **record["settings"],
     )
 

@@ -127,11 +127,13 @@ class Keeper:
 
     def keep(self):
         with open(self.state["log"], "wb") as log:
-            while True:
-                end = self.train(log)
-                if end["exit"] != DEVICE_TAKEN or self.interrupted:
-                    break
+            end = self.train(log)
+            while end["exit"] == DEVICE_TAKEN and not self.interrupted:
                 self.wait_for_device()
+                if not self.interrupted:
+                    end = self.train(log)
+        if self.interrupted:
+            end = {"exit": -signal.SIGINT, "ended": "Ctrl-C"}
         self.write(**end)
 
     def write(self, **values):
@@ -151,8 +153,6 @@ class Keeper:
         self.write(pid=self.process.pid)
         end = wait(self.process, lambda: self.interrupted, self.state["limit"])
         kill_group(self.process, signal.SIGKILL)  # what it has left behind
-        if self.interrupted:
-            end = {"exit": -signal.SIGINT, "ended": "Ctrl-C"}
         return end
 
     def wait_for_device(self):
@@ -326,7 +326,7 @@ def last_line(log):
 
 def find_reason(log, code):
     """Why a training has ended without a score: at most 200 characters."""
-    hang = re.search(r"^Timeout \(\d+:\d\d:\d\d\)!$", log, re.M)
+    hang = re.search(r"^Timeout \([\d:.]+\)!$", log, re.M)
     if hang:
         frames = re.findall(r'^  File "([^"]*)", line (\d+) in (\S+)', log[hang.end() :], re.M)
         own = [frame for frame in frames if frame[0].endswith("train.py")] or frames or [("?", "?", "?")]

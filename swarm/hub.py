@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """
 A hub: a git remote through which several agents share results, tries and plans. There is no other server.
 
@@ -24,6 +25,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+sys.exit("hubs do not work at this commit: they move to the record of the night next")
 
 from harness.journal import ROOT, now
 from ledger import OneLineParser, print_next

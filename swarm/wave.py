@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """
 A wave: many experiments at once, on the devices of a Ray cluster. `ledger.py add --wave` writes their rows.
 
@@ -23,6 +24,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ there
+
+sys.exit("waves do not work at this commit: they move to the record of the night next")
 
 from harness.journal import ROOT, now
 from harness.record import write_atomically

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import prepare
 import train
-from harness import journal
+from harness import common, journal
 from harness.journal import read_journal
 from harness.probe import Probe
 
@@ -316,7 +316,7 @@ def test_what_a_run_does_beside_its_training_is_flagged(own, environment, tmp_pa
     looks at the holdout and trains a little too long.
     """
     repository = new_repository(tmp_path / "clone", environment)
-    monkeypatch.setattr(journal, "ROOT", repository)
+    monkeypatch.setattr(common, "ROOT", repository)
     for name, value in dict(COMPILE=False, DEPTH=2, NGRAM_ROWS=256, TOTAL_BATCH_SIZE=512).items():
         monkeypatch.setattr(train, name, value)
     train.main()
@@ -346,7 +346,7 @@ UNFLAGGED = dict(same_harness=True, dirty=False, seed=42, time_budget=60)
     ("values", "flags"),
     [
         (dict(seed=5, gpus=1, training_seconds=61.2, scoring_seconds=17, slow_steps_percent=10), []),
-        (dict(seed=6), ["seed 6, which program.md does not name"]),
+        (dict(seed=6), ["seed 6, in a run by hand"]),
         (dict(gpus=2), ["used 2 GPUs"]),
         (dict(training_seconds=61.3), ["trained for 61.3 s, budget 60 s"]),
         (dict(scoring_seconds=17.1), ["scored for 17 s, over a fifth of the budget and 5 s: was the machine busy?"]),

@@ -271,6 +271,7 @@ NIGHTS = {  # night -> command, words of the reason, the run if it is one
         "no gain is confirmed",
         None,
     ),
+    "over, HEAD is an idea": (night_of(*KEPT, *FINALS, (B, 1, 1.1), at=B, until="6"), back(A), "the branch ends", None),
     "over, extended": (night_of(*KEPT, *FINALS, at=A, until="9"), IDEA, "git commit", None),
     "extended, a new last keep": (
         night_of(*KEPT, *FINALS, *((B, seed, 0.9) for seed in (1, 2, 3)), at=B, until="9"),

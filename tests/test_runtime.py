@@ -15,10 +15,10 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, parquet, score, start, stories, uniform
+from conftest import TINY, parquet, refused, score, start, stories, uniform
 
 import prepare
-from harness import journal
+from harness import common, journal
 from harness.journal import map_rows, read_journal
 
 
@@ -170,7 +170,7 @@ def test_a_run_that_was_scored_does_not_end_itself(own, monkeypatch):
     clock = prepare.TrainingClock(own, "cpu")
     clock.start()
     clock.stop()
-    assert limits == [3 + 300]
+    assert limits == [900, 3 + 300]
     prepare.evaluate_bpb(uniform(), own, 8, clock)
     assert limits == []
 
@@ -250,14 +250,12 @@ def test_journal_and_best(own, capsys):
 
 
 def test_a_benchmark_of_an_older_version_is_read(own):
-    """Its record has the hash of prepare.py alone, and so have the lines of its journal."""
+    """Its record has no hash of the whole harness."""
     path = own.path / "benchmark.json"
     path.write_text(path.read_text().replace('"harness_sha256"', '"prepare_sha256"'))
-    old = '{"time": "2026-11-01T00:00:00+00:00", "same_prepare": true, "val_bpb": 0.5}\n'
-    (own.path / "journal.jsonl").write_text(old)
     score(prepare.load_benchmark(), uniform())
-    before, run = read_journal(own.path)
-    assert before["same_harness"] is True and run["same_harness"] is False
+    (run,) = read_journal(own.path)
+    assert run["same_harness"] is False
     assert "the harness was not the one" in journal.flags(run)[0]
     assert not (own.path / "best.pt").exists()
 
@@ -270,7 +268,7 @@ def test_what_is_run_is_told_by_commit_dirt_and_hash(tmp_path, monkeypatch):
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     folder = tmp_path / "inner"
-    monkeypatch.setattr(journal, "ROOT", folder)
+    monkeypatch.setattr(common, "ROOT", folder)
     hashes = []
     for name, content in {"prepare.py": "", "harness/probe.py": "x", "train.py": "import threading\n"}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -291,3 +289,36 @@ def test_what_is_run_is_told_by_commit_dirt_and_hash(tmp_path, monkeypatch):
     assert journal.find_origin()["dirty"] is True
     assert journal.suspects_of_commit(commit) == ["train.py:1 starts threads or processes: import threading"]
     assert journal.suspects_of_commit("0" * 40) == []
+
+    # a runner trains a commit from files of its own, and names it
+    monkeypatch.setenv("AUTORESEARCH_RUN", "an-id")
+    monkeypatch.setenv("AUTORESEARCH_COMMIT", "a" * 40)
+    origin = journal.find_origin()
+    assert (origin["run"], origin["commit"], origin["dirty"]) == ("an-id", "a" * 40, False)
+
+
+def test_the_benchmark_that_is_named_goes_before_the_current_one(own, monkeypatch):
+    (prepare.HOME / "current").write_text("another")
+    monkeypatch.setenv("AUTORESEARCH_BENCHMARK", own.id)
+    assert prepare.load_benchmark() == own
+    monkeypatch.setenv("AUTORESEARCH_BENCHMARK", "gone")
+    assert "AUTORESEARCH_BENCHMARK=gone: no such benchmark in" in refused(prepare.load_benchmark)
+
+
+def test_the_curve_of_a_run(own, monkeypatch):
+    """The mean loss of each tenth of the run, by the time at which it is handed over; the first step has none yet."""
+    clock = prepare.TrainingClock(own, "cpu")
+    clock.start()
+    monkeypatch.setattr(prepare.TrainingClock, "elapsed", property(lambda clock: clock.now))
+    for clock.now, loss in ((0.1, None), (0.2, 4.0), (0.25, 3.0), (1.6, 2.0), (9.0, 1.0)):
+        clock.tick(loss)
+    monkeypatch.undo()
+    clock.stop()
+    prepare.evaluate_bpb(uniform(), own, 8, clock)
+    (run,) = read_journal(own.path)
+    assert run["losses"] == [3.5, None, None, None, None, 2.0, None, None, None, 1.0] and run["steps"] == 5
+
+
+def test_a_run_without_losses_has_no_curve(own):
+    score(own, uniform())
+    assert read_journal(own.path)[0]["losses"] == []
