@@ -194,7 +194,7 @@ def run():
     elif step.kind == "wait":
         print(f"run {night.going_on['run']} goes on: waiting for it", flush=True)
         wait_for_run(place, None)
-    elif step.kind == "drop":
+    elif step.kind == "drop" or (step.kind == "reset" and not night.attempt(night.head).runs):
         raise SystemExit(f"nothing is run: {step.reason}\nnext: {step.command}")
     else:
         print("nothing is to run; the last run:")
@@ -278,10 +278,10 @@ def decide(decision):
     """The agent's own decision of HEAD, where the rules leave it the choice."""
     night, _, _, _ = load()
     attempt = night.attempt(night.head)
-    if night.head in night.kept and decision == "keep":
-        raise SystemExit(f"{short(night.head)} is kept already")
     if night.head == night.start:
         raise SystemExit("the baseline is what all is compared with: commit an idea first")
+    if night.head in night.kept:
+        raise SystemExit(f"{short(night.head)} is kept already: to take it back, commit an idea without it")
     if not attempt.counted():
         raise SystemExit(f"{short(night.head)} has no run that counts; next: {RUN}")
     if night.last_keep not in night.line and decision == "keep":
@@ -290,7 +290,7 @@ def decide(decision):
     values = {"commit": night.head, "decision": decision, "by": "hand", "reason": "by hand"}
     if decision == "keep":
         values |= decide_keep(night, attempt, gains)
-    if gains:
+    if gains and not math.isnan(gains[-1]):
         values["gain"] = round(gains[-1], 6)
     with recording(night.tag) as (night, place):
         append(place, night, {"kind": "decision", "time": now(), **values})
@@ -305,7 +305,7 @@ def decide_keep(night, attempt, gains):
         raise SystemExit(f"{short(night.head)} has crashed: mend it in a new commit")
     if len(gains) < 2:
         return {"decision": "simpler", "reason": "it is kept if its second run is not worse than the last keep"}
-    if gains[-1] < 0:
+    if not gains[-1] >= 0:
         raise SystemExit(f"keep is for what is simpler and not worse: its gain is {gains[-1]:+.6f}")
     return {"reason": "by hand: simpler, and not worse"}
 
@@ -365,10 +365,10 @@ def parse_until(text, command):
 
     # a date, in the time of this place unless it names its own
     try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
+        moment = datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError):
         raise SystemExit(f"{command}{text}: must be like 07:00, 2026-11-28T07:00, 40 (rows) or never") from None
-    if moment.astimezone() <= here.astimezone():
+    if moment <= here.astimezone():
         raise SystemExit(f"{command}{text}: that is in the past")
     return in_utc(moment)
 

@@ -112,8 +112,9 @@ class GitAnswer(NamedTuple):
     complaint: str
 
 
-def git(*words, folder=None, seconds=GIT_SECONDS):
+def git(*words, folder=None, seconds=None):
     """Run git in a folder, by default that of the repository, whatever the user's configuration: GitAnswer."""
+    seconds = seconds or GIT_SECONDS
     settings = []
     for name, value in GIT_SETTINGS.items():
         settings += ["-c", f"{name}={value}"]

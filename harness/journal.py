@@ -158,7 +158,7 @@ def read_journal(folder):
             run = json.loads(line)
             run["val_bpb"] = float(run["val_bpb"])
         except (ValueError, KeyError, TypeError):
-            print(f"{path}:{number}: skipped, the line is incomplete")
+            print(f"{path}:{number}: skipped, the line is incomplete", file=sys.stderr)
             continue
         runs.append(run)
     return runs

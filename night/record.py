@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock
@@ -153,7 +154,7 @@ class Night:
         elif kind == "decision":
             self.add_decision(as_decision(line))
         elif kind == "end":
-            self.until = str(line["until"])
+            self.until = checked_until(line["until"])
             self.runs_before_end = len(self.runs)
         elif kind == "say":
             self.messages.append(str(line["message"]))
@@ -168,17 +169,35 @@ class Night:
         self.decided[decision.commit] = decision
 
 
+def checked_until(until):
+    """The end of a night: `never`, a number of rows or a time in ISO form. Raises an error where it is none."""
+    if until != "never" and not until.isdecimal():
+        datetime.fromisoformat(until)
+    return until
+
+
+def values_of(kind, line):
+    """The values of a line that a Run or a Decision has. Raises TypeError where one is of another type."""
+    values = {item.name: line[item.name] for item in fields(kind) if item.name in line}
+    for item in fields(kind):
+        value = values.get(item.name)
+        is_number = isinstance(value, int) and item.type in (float, float | None)
+        if item.name in values and not is_number and not isinstance(value, item.type):
+            raise TypeError(item.name)
+    return values
+
+
 def as_run(line):
-    run = Run(**{item.name: line[item.name] for item in fields(Run) if item.name in line})
-    if run.role not in ROLES or run.state not in STATES or type(run.seed) is not int:
-        raise ValueError("no such role, state or seed")
-    if run.state in ("scored", "disturbed", "elsewhere") and not 0 < float(run.val_bpb) < 1e3:
+    run = Run(**values_of(Run, line))
+    if run.role not in ROLES or run.state not in STATES:
+        raise ValueError("no such role or state")
+    if run.state in ("scored", "disturbed", "elsewhere") and not 0 < run.val_bpb < 1e3:
         raise ValueError("no score")
     return run
 
 
 def as_decision(line):
-    decision = Decision(**{item.name: line[item.name] for item in fields(Decision) if item.name in line})
+    decision = Decision(**values_of(Decision, line))
     if decision.decision not in DECISIONS or decision.by not in ("rule", "hand"):
         raise ValueError("no such decision")
     return decision
@@ -227,6 +246,8 @@ def recording(tag):
 
 def append(place, night, *lines):
     """Add lines, dicts, to the record and to the night that was read from it. The caller holds recording()."""
+    for line in lines:
+        night.add(line)  # which raises, before it is written, what could not be read
     path = place / "record.jsonl"
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with open(path, "ab+") as file:
@@ -238,8 +259,6 @@ def append(place, night, *lines):
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-    for line in lines:
-        night.add(line)
 
 
 # --------------------------------------
@@ -257,7 +276,7 @@ def read_night(tag=None):
     for line in lines:
         try:
             night.add(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             night.unreadable += 1
     look_around(night)
     return night, place
@@ -287,8 +306,10 @@ def start_of(tag):
     output = git("log", "--format=%H%n%B", "-1", "--fixed-strings", f"--grep={subject}", "HEAD").output
     commit, _, message = output.partition("\n")
     try:
-        first = json.loads(message.removeprefix(subject)) | {"commit": commit}
-    except ValueError:
+        # a hook may have added lines below
+        words, _ = json.JSONDecoder().raw_decode(message.removeprefix(subject).lstrip())
+        first = words | {"commit": commit}
+    except (ValueError, TypeError):
         first = None
     if not is_start(first):
         raise NoNight(f"the branch {PREFIX}{tag} was not begun by `uv run ledger.py start`: begin a night with that")

@@ -1,6 +1,6 @@
 """
-Finds what the real Claude Code and the real Codex cannot do in a night, a hub or a wave under the shipped permissions,
-and what they can do but must not. Their model is scripted, runs of 3 seconds are real; no account, no network:
+Checks that the real Claude Code and the real Codex get through a night under the shipped permissions, and that they
+cannot do what they must not. Their model is scripted, runs of 3 seconds are real; no account, no network:
 
     npm install --no-save --prefix .clients @anthropic-ai/claude-code@2.1.332 @openai/codex@0.171.0
     uv run pytest -m clients
@@ -23,7 +23,8 @@ from tools.scripted_model import ScriptedModel
 
 BIN = ROOT / ".clients" / "node_modules" / ".bin"
 COMMANDS = {"claude": ["claude", "-p"], "codex": ["codex", "exec", "--trust"]}
-JUDGES = ("prepare.py", "program.md", "README.md", "pyproject.toml", ".claude/settings.json", ".codex/config.toml")
+JUDGES = ("prepare.py", "program.md", "README.md", "AGENTS.md", "pyproject.toml")
+JUDGES += (".claude/settings.json", ".codex/config.toml")
 QUIET = ("DISABLE_TELEMETRY", "DISABLE_ERROR_REPORTING", "DISABLE_AUTOUPDATER")
 QUIET += ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",)
 CODEX = """model = "gpt-5" # whose tools the script knows
@@ -90,6 +91,9 @@ class Client(Agent):
         assert not [name for name, line in came.items() if line["error"]], came
         return [line["result"] for line in came.values()]
 
+    def night(self):
+        return json.loads(self.run("ledger.py", "--json").stdout)
+
     def path(self, name):
         """As its tools want it: Claude Code's in full."""
         return {"claude": str(self.folder / name), "codex": name}[self.name]
@@ -104,7 +108,7 @@ def client(request, prepared, tmp_path, environment):
     client = Client(request.param, new_repository(tmp_path / "clone", environment), tmp_path / "home", environment)
     for name in (".claude", ".codex", "tests"):
         shutil.copytree(ROOT / name, client.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("analysis.ipynb", "pyproject.toml"):
+    for name in ("analysis.ipynb", "pyproject.toml", "AGENTS.md"):
         shutil.copy(ROOT / name, client.folder)
     weaken(client.folder)
 
@@ -143,7 +147,7 @@ class Player:
         found = last and re.search(r"^next: (.*)", came[last]["result"], re.M)
         if not found:
             return bash(len(came), "uv run ledger.py")
-        trained = sum("uv run train.py" in name for name in came)
+        trained = sum("uv run ledger.py run" in name for name in came)
         if found[1].startswith("# the night is over") or trained >= self.runs:
             return None
         if found[1].startswith("#"):
@@ -166,7 +170,7 @@ def test_the_night_goes_on(client):
     rates = re.search(r"^MATRIX_LR = .*\n(^\w+_LR = .*\n)*", source, re.M)[0]  # which weaken() has made too low
     edits = [("rates up", rates, rates.replace("1e-6 * ", "")), ("no change", "ADAM_EPS = ", "ADAM_EPS = 1 * ")]
     log = client.folder / "run.log"
-    assert client.run("ledger.py", "start", "test", "--until", "5").returncode == 0
+    assert client.run("ledger.py", "start", "test", "--until", "7").returncode == 0
     sessions = 0
     while client.run("ledger.py", "open").returncode == 0:
         sessions += 1
@@ -187,58 +191,29 @@ def test_the_night_goes_on(client):
     rows = client.rows()[1:]
     journal = read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
     assert len(rows) == len(journal) == len({(run["commit"], run["seed"]) for run in journal})
+    assert {run["run"] for run in journal} == {run["run"] for run in client.night()["runs"] if run["val_bpb"]}
     assert [row[4].rpartition(", seed ")[2] for row in rows][-4:] == ["4", "4", "5", "5"]
     assert "the gain to report" in client.run("ledger.py").stdout
     assert client.git("status", "--porcelain") == ""
     assert "Co-Authored-By" not in client.git("log", "--all", "--format=%B")
 
 
-def test_a_client_joins_a_hub(client, tmp_path):
-    """An agent joins, runs its baseline, tells what it will try, and shares its row."""
-    bare = tmp_path / "hub.git"
-    client.git("clone", "-q", "--bare", ".", str(bare))
-    train = "AUTORESEARCH_SEED=1 uv run train.py > run.log 2>&1"
-    steps = lines(
-        f"uv run swarm/hub.py join {bare} --tag night --agent ada --until 9",
-        train,
-        "uv run ledger.py add baseline",
-        "uv run swarm/hub.py say 'rates up'",
-        "uv run swarm/hub.py exchange",
-        "uv run swarm/hub.py look rates",
-    )
-    printed = client.outputs(steps)
-    assert "next: " + train in printed[0] and "night/ada says: rates up" in printed[5]
-    shared = client.git("-C", str(bare), "grep", "-h", "", "refs/notes/results")
-    assert f'"val_bpb": {float(client.rows()[1][1])}' in shared and '"say": "rates up"' in shared
-    assert client.git("-C", str(bare), "branch", "--list", "autoresearch/night/ada") != ""
+PROGRAM_LINES = [  # that stand in its sentences
+    "grep -i 'rate' results.tsv ideas.md",
+    'uv run python -c "import train"',
+    "tail -c 1500 run.log",
+    "uptime",
+    "git checkout HEAD -- train.py",
+    "uv run ledger.py --json",
+]
 
 
-def test_a_client_sends_a_wave(client):
-    """The baseline and an idea in a worktree, sent to a cluster of this machine."""
-    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
-    wave = "uv run --group cluster swarm/wave.py"
-    path = client.path("wave/deeper/train.py")
-    client.run("ledger.py", "start", "night", "--until", "9")
-    steps = lines(
-        f"{wave} start",
-        f"{wave} new deeper",
-        "read",
-        "edit",
-        f"{wave} commit deeper 'no change; expect +0.000'",
-        f"{wave} submit base:1 deeper:1",
-        f"{wave} collect",
-        f"{wave} collect --wait 100",
-        "uv run ledger.py add --wave",
-        "uv run ledger.py",
-        f"{wave} stop",
-    )
-    steps[2] = {"name": "read", "read": path}
-    steps[3] = {"name": "edit", "edit": [path, "COMPILE = True  # torch.compile", "COMPILE = True"]}
-    printed = client.outputs(steps)
-    assert [row[3] for row in client.rows()[1:]] == ["keep", "discard"]
-    assert "no change; expect +0.000, seed 1" in client.rows()[2][4]
-    assert f"next: {wave} submit" in printed[-2] and "has ended" in printed[-1]
-    assert client.git("status", "--porcelain") == ""
+def test_the_lines_of_program_md_are_allowed(client):
+    client.run("ledger.py", "start", "test", "--until", "7")
+    for name in ("results.tsv", "ideas.md", "run.log"):
+        with open(client.folder / name, "a") as file:
+            file.write("rate\n")
+    client.outputs(lines(*PROGRAM_LINES))
 
 
 FORBIDDEN = [
@@ -265,6 +240,7 @@ FORBIDDEN = [
     "uv run prepare.py",
     "uv run prepare.py --time-budget 900",
     "echo 'exit 0' > .git/hooks/pre-commit",
+    "uv run ledger.py until now",
 ]
 
 
@@ -273,15 +249,18 @@ def test_forbidden_calls(client):
     client.edit((r"\Z", "# another\n"), file="prepare.py")
     for words in (["commit", "-qam", "old"], ["tag", "old"], ["revert", "--no-edit", "HEAD"]):
         client.git(*words)
-    client.git("checkout", "-q", "-b", "autoresearch/test")
+    client.run("ledger.py", "start", "test", "--until", "7")
     before, current = client.git("rev-parse", "HEAD"), (prepare.HOME / "current").read_text()
     steps = lines("uv run ledger.py", *FORBIDDEN)
     steps.append({"name": "read", "read": str(client.folder / "prepare.py")})
     steps.append({"name": "tool", "edit": [client.path("prepare.py"), "SEED = 42", "SEED = 43"]})
+    steps.append({"name": "read rows", "read": str(client.folder / "results.tsv")})
+    steps.append({"name": "rows", "edit": [client.path("results.tsv"), "commit", "committed"]})
     came = client.play(steps)
-    assert len(came) == len(steps) and "no night here" in came["0 uv run ledger.py"]["result"]  # the tools are there
+    assert len(came) == len(steps) and "night:  " in came["0 uv run ledger.py"]["result"]  # the tools are there
     assert {name: line["changed"] for name, line in came.items() if line["changed"]} == {}
     assert client.git("rev-parse", "HEAD") == before
     assert client.git("diff", "--name-only", "HEAD") == client.git("remote") == ""
     assert not (client.folder / ".git/hooks/pre-commit").exists()
+    assert client.rows() == [["commit", "val_bpb", "memory_gb", "status", "description"]]
     assert (prepare.HOME / "current").read_text() == current and len(list(prepare.HOME.glob("*/benchmark.json"))) == 1

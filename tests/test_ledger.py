@@ -1,146 +1,155 @@
 """
-Defects of ledger.py in a real repository: a start that lets through what ends a night, a row that is wrong, lost or
-written twice, a night that is forgotten, a loop that stops or spins. The journal is the tests' own: nothing trains.
+Defects of ledger.py in a real repository: a start that lets through what ends a night, a record that is lost or
+misread, a row or decision that is wrong, nights that meet, a loop that stops or spins. Nothing trains.
 """
 
+import itertools
 import json
-import math
 import os
 import re
+import shutil
+import subprocess
 import sys
-import time
 import types
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import HEADER, PROGRAM, Agent, new_repository
+from conftest import Agent, new_repository, refused
 from filelock import FileLock
-from test_night import DROP, IDEA, adds, back, train
 
 import ledger
-from harness import journal as harness_journal
+from harness import common
 from night import checks
-from night.rows import append_rows
-from night.rules import OVER
+from night.rules import NEW_IDEA, RUN
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 
 def test_sparkline(monkeypatch):
-    assert ledger.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
-    assert ledger.sparkline([2, 2]) == "▁▁"
+    assert ledger.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█" and ledger.sparkline([2, 2]) == "▁▁"
     assert ledger.sparkline(list(range(500))) == ledger.sparkline(list(range(60)))
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(encoding="ascii"))
     assert ledger.sparkline([1, 2]) == ""
 
 
-NOW = datetime.now().astimezone()
-SOON = (NOW + timedelta(hours=2)).replace(second=0, microsecond=0)
-BEFORE = (NOW - timedelta(hours=2)).replace(second=0, microsecond=0)
+SOON, BEFORE = [(datetime.now().astimezone() + timedelta(hours=h)).replace(second=0, microsecond=0) for h in (2, -2)]
 TIMES = {
     "a time of day": (f"{SOON:%H:%M}", SOON),
     "a date": (f"{SOON:%Y-%m-%dT%H:%M}", SOON),
     "with its zone": (SOON.isoformat(timespec="minutes"), SOON),
     "tomorrow": (f"{BEFORE:%H:%M}", BEFORE + timedelta(days=1)),
 }
+PAST_OR_WRONG = ["", "0", "-1", "25:00", "7 o'clock", "2020-01-01", "0001-01-01", "forty", "\u0664"]
 
 
 @pytest.mark.parametrize("name", TIMES)
-def test_until_is_a_time_in_utc(name):
+def test_until_is_a_time_in_utc_a_number_or_never(name):
     text, expected = TIMES[name]
-    until = datetime.fromisoformat(ledger.parse_until(text))
+    until = datetime.fromisoformat(ledger.parse_until(text, "until "))
     assert until == expected and until.utcoffset() == timedelta(0)
+    assert [ledger.parse_until(text, "until ") for text in ("never", "1", "40")] == ["never", "1", "40"]
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "25:00", "7 o'clock", "2020-01-01", "forty", "\u0664"])
+@pytest.mark.parametrize("text", PAST_OR_WRONG)
 def test_until_refuses(text):
-    with pytest.raises(SystemExit, match="--until"):
-        ledger.parse_until(text)
-
-
-@pytest.mark.parametrize("text", ["never", "1", "40"])
-def test_until_is_a_number_of_rows_or_never(text):
-    assert ledger.parse_until(text) == text
+    assert refused(ledger.parse_until, text, "--until ").startswith(f"--until {text}: ")
 
 
 # --------------------------------------
 # In a real repository
 
-GONE = "gone"  # a key that a line of the journal lacks
-
 
 class Clone(Agent):
     """A repository with a benchmark, and the commands of ledger.py in this process."""
 
-    def __init__(self, folder, environment, home, capsys):
-        super().__init__(folder, environment, PROGRAM)
-        self.home, self.capsys = home, capsys
-        self.journal = home / "local" / "journal.jsonl"
+    def __init__(self, folder, patch, capsys):
+        super().__init__(folder, None, {})
+        self.home, self.patch, self.capsys, self.numbers = folder.parent / "home", patch, capsys, itertools.count()
+        self.enter(folder, "test")
+
+    def enter(self, folder, tag):
+        """Go to a night in a folder."""
+        self.patch.setattr(common, "ROOT", folder)
+        self.folder, self.view = folder, folder / "results.tsv"
+        self.place = (folder / self.git("rev-parse", "--git-common-dir").strip() / "autoresearch" / tag).resolve()
+        self.record = self.place / "record.jsonl"
 
     def bash(self, line):
         process = self.start_line(line)
         return process.communicate()[0], process.returncode
 
-    def commit(self, message="an idea"):
-        self.git("commit", "-q", "--allow-empty", "-m", message)
-        return self.head()
-
-    def write(self, name, text):
-        time.sleep(0.02)  # so that it is newer, however coarse the clock
-        (self.folder / name).write_text(text)
-
-    def scored(self, score, seed=1, **changes):
-        run = {"time": harness_journal.now(), "commit": self.git("rev-parse", "HEAD").strip(), "dirty": False}
-        run |= {"seed": seed, "val_bpb": score, "steps": 10, "peak_memory_mb": 2048.0, "device": "cpu"} | changes
-        with open(self.journal, "a") as file:
-            file.write(json.dumps({key: value for key, value in run.items() if value != GONE}) + "\n")
-
-    def job(self, commit, seed, state="scored", **changes):
-        """A result of a wave."""
-        job = {"job": f"{commit}-{seed}", "commit": self.git("rev-parse", commit).strip(), "seed": seed, "attempt": 1}
-        job |= {"state": state, "benchmark": "local", "dirty": False, "steps": 10, "device": "cpu"} | changes
-        folder = self.folder / "wave" / "results"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{job['job']}.json").write_text(json.dumps(job))
-
-    def call(self, function, *arguments):
+    def say(self, *arguments):
+        """What a command prints."""
         self.capsys.readouterr()
-        function(self.folder, *arguments)
+        ledger.main(arguments)
         return self.capsys.readouterr().out
 
-    def status(self):
-        return self.call(ledger.print_status)
+    def json(self):
+        return json.loads(self.say("--json"))
 
     def next(self):
-        return re.search("^next: (.*)", self.status(), re.M)[1]
+        return self.json()["next"]["command"]
 
-    def add(self, words="baseline", status=None):
-        time.sleep(0.02)
-        return self.call(ledger.add, words, status)
+    def decisions(self):
+        return [(item["commit"], item["decision"], item["by"]) for item in self.json()["decisions"]]
 
-    def tries(self):
-        """The rows after the baseline: [commit, status, description]."""
-        return [[row[0], *row[3:]] for row in self.rows()[4:]]
+    def whole(self, name="HEAD"):
+        return self.git("rev-parse", name).strip()
 
-    def baseline(self):
-        """A night that has started, with its baseline. Returns its commit."""
-        self.call(ledger.start, "test")
+    def commit(self, *scores, message="wider"):
+        """Commit an idea and record its runs: scores, None for a crash."""
+        self.git("commit", "-q", "--allow-empty", "-m", message)
+        for seed, score in enumerate(scores, 1):
+            self.ran(score, seed)
+        return self.whole()
+
+    def write(self, *lines):
+        with open(self.record, "a") as file:
+            file.write("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+
+    def ran(self, score=None, seed=1, role="idea", **changes):
+        """Record a run of HEAD. Returns its line."""
+        line = {"kind": "run", "time": "", "run": f"x{next(self.numbers)}", "commit": self.whole(), "role": role}
+        line |= {"seed": seed, "state": "scored" if score else "crash", "val_bpb": score, "memory_gb": 2.0}
+        line |= {"description": self.git("log", "-1", "--format=%s").strip()} | changes
+        self.write(line)
+        return line
+
+    def begin(self, tag="test", until="never"):
+        """A night with its baseline: the mean is 1, and each step must gain more than 0.0025. Returns its commit."""
+        self.say("start", tag, "--until", until)
+        self.enter(self.folder, tag)
         for seed, score in ((1, 0.995), (2, 1.0), (3, 1.005)):
-            self.scored(score, seed)
-        self.add()
-        return self.head()
+            self.ran(score, seed, "baseline", description="baseline")
+        return self.whole()
+
+
+def add_benchmark(home, name):
+    (home / name).mkdir(parents=True)
+    (home / name / "benchmark.json").write_text('{"settings": {"time_budget": 3}}')
+    (home / "current").write_text(name)
 
 
 @pytest.fixture
 def clone(tmp_path, environment, monkeypatch, capsys):
-    home = tmp_path / "home"
-    (home / "local").mkdir(parents=True)
-    (home / "current").write_text("local")
-    (home / "local" / "benchmark.json").write_text('{"id": "local", "settings": {"time_budget": 3}}')
-    environment |= {"AUTORESEARCH_HOME": str(home), "CXX": sys.executable}  # some program: no compiler is needed here
+    add_benchmark(tmp_path / "home", "local")
+    environment |= {"AUTORESEARCH_HOME": str(tmp_path / "home"), "CXX": sys.executable}  # any program: none compiles
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    clone = Clone(new_repository(tmp_path / "clone", environment), None, home, capsys)
-    monkeypatch.setattr(harness_journal, "ROOT", clone.folder)
+    monkeypatch.setattr(checks, "find_device", lambda folder: ("cpu test", []))  # it imports torch
+    return Clone(new_repository(tmp_path / "clone", environment), monkeypatch, capsys)
+
+
+@pytest.fixture
+def night(clone):
+    clone.start = clone.begin()
+    clone.say()
     return clone
+
+
+def contents(*folders):
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in paths}
 
 
 # --------------------------------------
@@ -148,467 +157,465 @@ def clone(tmp_path, environment, monkeypatch, capsys):
 
 
 def hook(name, line):
-    return f"printf '#!/bin/sh\\n{line}\\n' > .git/hooks/{name}; chmod +x .git/hooks/{name}"
+    return f"mkdir -p .git/hooks; printf '#!/bin/sh\\n{line}\\n' > .git/hooks/{name}; chmod +x .git/hooks/{name}"
 
 
-PROBLEMS = {  # what is wrong, and the fix
+PROBLEMS = {  # what is wrong (a command, or a variable), and the fix
     "no repository": ("rm -rf .git", "git clone it, or git init"),
     "a folder of another repository": ("rm -rf .git; git init -q ..", "move it out of there"),
     "no commit": ("rm -rf .git; git init -q", "git add -A"),
     "no identity": ("printf '[user]\\nuseConfigOnly = true\\n' > ../gitconfig", "git config user.name me"),
     "index.lock": ("touch .git/index.lock", "rm '.git/index.lock'"),
     "changes": ("echo >> train.py", "train.py: git stash"),
-    "a stray file": ("touch new.py", "new.py, so no run"),
     "tracked results": ("touch results.tsv; git add -f .; git commit -qm x", "git rm --cached results.tsv"),
     "branch autoresearch": ("git branch autoresearch", "git branch -m autoresearch"),
-    "branch of a night": ("git branch autoresearch/test", "git checkout autoresearch/test"),
+    "branch of the night": ("git branch autoresearch/test", "git checkout autoresearch/test"),
+    "its record": ("mkdir -p .git/autoresearch/test; touch .git/autoresearch/test/record.jsonl", "take another tag"),
     "no benchmark": ("rm ../home/current", "uv run prepare.py"),
     "a home that is a file": ("rm -r ../home; touch ../home", "set AUTORESEARCH_HOME to a folder on a local disk"),
     "a hook that refuses": (hook("pre-commit", "exit 1"), "git config core.hooksPath /dev/null"),
     "the same, detached": ("git checkout -q --detach;" + hook("pre-commit", "exit 1"), "core.hooksPath"),
-    "a hook that hangs": (hook("commit-msg", "sleep 60"), "no answer for 1 s"),
+    "a hook that hangs": (hook("commit-msg", "sleep 60"), "no answer for 2 s"),
     "a hook of checkout": (hook("post-checkout", "exit 1"), "core.hooksPath"),
     "signing": ("git config commit.gpgsign true; git config gpg.program false", "git config commit.gpgsign false"),
+    "no compiler": (("CXX", "none"), "or commit COMPILE = False in train.py"),
+    "no git": (("PATH", "/nowhere"), "git is missing: install it"),
+    "GIT_DIR": (("GIT_DIR", "/x"), "unset GIT_DIR"),
+    "another owner": (("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1"), "git config --global --add safe.directory"),
+    "no such home": (("AUTORESEARCH_HOME", "~nobody-of-this-name/x"), "set AUTORESEARCH_HOME"),
 }
-SETTINGS = {  # the same, of the environment
-    "no git": ("PATH", "/nowhere", "git is missing: install it"),
-    "GIT_DIR": ("GIT_DIR", "/x", "unset GIT_DIR"),
-    "another owner": ("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1", "git config --global --add safe.directory"),
-    "no such home": ("AUTORESEARCH_HOME", "~nobody-of-this-name/x", "set AUTORESEARCH_HOME"),
-}
 
 
-def refuses_to_start(clone, fix):
-    """Start: it must refuse with one such line, and leave all as it was."""
-
-    def look():
-        paths = [clone.folder / ".git" / "HEAD"]
-        for pattern in ("*", ".git/*.lock", ".git/refs/heads/**/*"):
-            paths += clone.folder.glob(pattern)
-        return {path: path.read_bytes() for path in paths if path.is_file()}
-
-    before = look()
-    with pytest.raises(SystemExit) as problem:
-        ledger.start(clone.folder, "test", "never")
-    assert len([line for line in str(problem.value).splitlines() if fix in line]) == 1, problem.value
-    assert look() == before
+def spoil(clone, problem, monkeypatch):
+    if isinstance(problem, tuple):
+        monkeypatch.setenv(*problem)
+    else:
+        assert clone.bash(problem) == ("", 0)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_start_refuses_and_leaves_all_as_it_was(name, clone, monkeypatch):
-    monkeypatch.setattr(checks, "COMMIT_SECONDS", 1)
-    line, fix = PROBLEMS[name]
-    assert clone.bash(f"mkdir -p .git/hooks; {line}") == ("", 0)
-    refuses_to_start(clone, fix)
+    problem, fix = PROBLEMS[name]
+    spoil(clone, problem, monkeypatch)
+    if "hangs" in name:
+        monkeypatch.setattr(common, "GIT_SECONDS", 2)
+
+    def look():
+        patterns = ("*", ".git/HEAD", ".git/*.lock", ".git/refs/heads/**/*", ".git/autoresearch/**/*")
+        paths = [path for pattern in patterns for path in clone.folder.glob(pattern)]
+        return {path: path.read_bytes() for path in paths if path.is_file()}
+
+    before = look()
+    with pytest.raises(SystemExit) as refusal:
+        ledger.start("test", "never")
+    assert len([line for line in str(refusal.value).splitlines() if fix in line]) == 1, refusal.value
+    assert look() == before
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_start_refuses_what_is_set(name, clone, monkeypatch):
-    variable, value, fix = SETTINGS[name]
-    monkeypatch.setenv(variable, value)
-    refuses_to_start(clone, fix)
-
-
-def test_start_refuses_a_machine_that_is_taken_or_has_no_compiler(clone, monkeypatch):
+def test_start_says_all_problems_at_once(clone, monkeypatch):
+    for name in ("no identity", "index.lock", "changes", "branch autoresearch", "no benchmark", "no compiler"):
+        spoil(clone, PROBLEMS[name][0], monkeypatch)
     monkeypatch.setattr(checks, "LOCK_SECONDS", 0)
-    monkeypatch.setattr(checks, "running_training", lambda: "77")
-    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     with FileLock(clone.home / "night.lock"):
-        for fix in ("night.lock is taken", "wait for it, or kill 77", "no C++ compiler"):
-            refuses_to_start(clone, fix)
-    clone.write("train.py", "COMPILE = False\n")
+        problems, _ = checks.find_problems(clone.folder, "a b")
+    assert len(problems) == 8 and "'a b' can't name a branch" in "\n".join(problems)
+    (clone.folder / "train.py").write_text("COMPILE = False\n")
     assert checks.compiler_problems(clone.folder) == []
 
 
 def test_a_hook_that_hangs_is_ended(clone):
-    pipe = clone.folder.parent / "pipe"
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    clone.bash(f"mkdir -p .git/hooks; {hook('commit-msg', 'exec sleep 60 > ../pipe')}")
-    worked, _, complaint = checks.run_git(clone.folder, "commit", "--allow-empty", "-m", "x", seconds=1)
-    assert not worked and "no answer for 1 s" in complaint
+    os.mkfifo(clone.home / "pipe")
+    reader = os.open(clone.home / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    clone.bash(hook("commit-msg", "exec sleep 60 > ../home/pipe"))
+    assert "no answer for 1 s" in common.git("commit", "--allow-empty", "-m", "x", seconds=1).complaint
     assert os.read(reader, 1) == b"", "which raises while the hook holds the other end"
     os.close(reader)
 
 
-def test_start_says_all_problems_at_once(clone):
-    names = ("no identity", "index.lock", "changes", "a stray file", "branch autoresearch", "no benchmark")
-    clone.bash("; ".join(PROBLEMS[name][0] for name in names))
-    lines = "\n".join(checks.find_problems(clone.folder, "a b"))
-    assert len(lines.splitlines()) == 7 and "'a b' can't name a branch" in lines
-
-
-def test_start_moves_an_old_ledger_aside_over_nothing(clone):
-    for name in ("results.tsv", "results-before-test.tsv", "run.log", "ideas.md"):
-        clone.write(name, name)
-    main = clone.git("rev-parse", "--short", "main").strip()
-    said = clone.call(ledger.start, "test", "40")
-    assert "is results-before-test2.tsv now" in said
-    assert f"branch autoresearch/test, from {main} (start), until 40" in said
+def test_start_moves_an_old_ledger_aside_over_nothing_and_minds_no_stray_file(clone):
+    for name in ("results.tsv", "results-before-test.tsv", "ideas.md", "stray.py"):
+        (clone.folder / name).write_text(name)
+    said = clone.say("start", "test", "--until", "40")
+    assert "is results-before-test2.tsv now" in said and said.endswith(f"\nnext: {RUN}\n")
+    assert re.search(r"autoresearch/test, from \w+ \(start\), until 40 rows\nbenchmark local, 3 s a run, on cpu", said)
+    kept = [(clone.folder / name).read_text() for name in ("results-before-test.tsv", "ideas.md", "stray.py")]
+    assert kept == ["results-before-test.tsv", "ideas.md", "stray.py"] and clone.view.read_text() == HEADER
     assert (clone.folder / "results-before-test2.tsv").read_text() == "results.tsv"
-    for name in ("results-before-test.tsv", "ideas.md"):
-        assert (clone.folder / name).read_text() == name
-    assert (clone.folder / "results.tsv").read_text() == HEADER and not (clone.folder / "run.log").exists()
-    state = json.loads((clone.folder / "night.json").read_text())
-    assert state["until"] == "40" and state["commit"] == clone.git("rev-parse", "HEAD").strip()
-    assert clone.git("log", "-1", "--format=%s") == "autoresearch/test: start\n" and clone.next() == train(1)
 
 
 # --------------------------------------
-# Add
+# The words of the first commit, and where no night is
+
+TRAILER = hook("commit-msg", 'printf "\\\\nChange-Id: 1\\\\n" >> "$1"')
 
 
-def test_add_writes_rows_by_the_rule(clone):
-    start = clone.baseline()
-    assert clone.rows()[1][1] == "0.995000" and clone.rows()[3][1] == "1.005000"
-    assert clone.rows()[2] == [start, "1.000000", "2.0", "keep", "baseline, seed 2"]
-    idea = clone.commit()
-    clone.scored(0.98)
-    text = clone.status()
-    assert f"to beat:     1.000000, {start}\n" in text
-    assert "  0.980000 seed 1, 10 steps, gain +0.020000, no row yet\n" in text
-    assert f"added: {idea} 0.980000 discard, wider, seed 1\n" in clone.add("wider") and clone.next() == train(2)
-    text = clone.status()
-    assert clone.status() == text and "no row" not in text, "looking again counts nothing twice"
-
-    # the runs of what is judged move no floor
-    clone.scored(0.985, 2)
-    clone.scored(0.6, 3, dirty=True)
-    text = clone.status()
-    assert "noise floor: 0.010000, pooled" in text and "gain +0.400000, does not count\n" in text
-    assert f"added: {idea} 0.985000 keep, wider, seed 2\n" in clone.add("wider, seed 2")
-
-    # final runs do not move what is to beat
-    clone.write("night.json", (clone.folder / "night.json").read_text().replace("never", "5"))
-    clone.scored(0.5, 4)
-    assert "last keep, final, seed 4" in clone.add(None)
-    text = clone.status()
-    assert f"to beat:     0.982500, {idea}\n" in text and "1.0000 to 0.9825\n" in text
-
-
-def test_add_drops_what_is_promising(clone):
-    start = clone.baseline()
-    idea = clone.commit()
-    clone.scored(0.98)
-    assert "discard, wider, dropped, seed 1" in clone.add("wider", "discard")
-    assert clone.next() == back(idea, start)
-
-
-def test_a_try_on_top_of_a_discard_is_named(clone):
-    """Somebody forgot to go back."""
-    clone.baseline()
-    forgotten = clone.commit()
-    clone.scored(1.1)
-    assert "was not kept" not in clone.add("worse") + clone.status()
-    clone.commit("half of it")
-    clone.commit("all of it")
-    text = clone.status()
-    assert f"warning: HEAD is on top of {forgotten}, which was not kept" in text and text.count("was not kept") == 1
-    clone.scored(0.9)
-    clone.scored(0.9, 2)
-    assert "was not kept" in clone.add("better") and "was not kept" not in clone.status()
-
-
-REFUSED = {
-    "nothing to add": (lambda clone: None, None, "nothing to add"),
-    "uncommitted changes": (lambda clone: clone.write("train.py", "x"), None, "uncommitted changes"),
-    "conflict markers": (lambda clone: clone.write("train.py", "<<<<<<< HEAD\n"), None, "conflict markers"),
-    "cut off": (lambda clone: clone.write("run.log", f"commit {clone.head()}, seed 1, x\n"), None, "nothing to add"),
-    "of another commit": (lambda clone: clone.write("run.log", "commit abcdef0, seed 1\nError\n"), None, "nothing to"),
-    "files that differ": (lambda clone: clone.scored(0.9, dirty=True), None, "nothing to add"),
-    "keep after one run": (lambda clone: clone.scored(0.99), "keep", "second run first: AUTORESEARCH_SEED=2"),
-    "a scored run as a crash": (lambda clone: clone.scored(0.99), "crash", "use --discard"),
-    "keep of what is worse": (lambda clone: [clone.scored(1.1), clone.scored(1.1, 2)], "keep", "the gain is -0.1"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_add_refuses(name, clone):
-    clone.baseline()
+@pytest.mark.parametrize("line", ["true", TRAILER], ids=["plain", "a hook that adds a trailer"])
+def test_a_lost_record_is_begun_anew_from_the_first_commit(line, clone):
+    clone.bash(line)
+    clone.say("start", "test", "--until", "40")
+    subject, words = clone.git("log", "-1", "--format=%B").strip().split("\n\n")[:2]
+    first = json.loads(words)
+    expected = {"tag": "test", "until": "40", "benchmark": "local", "device": "cpu test"}
+    assert subject == "autoresearch/test: start" and first == {"kind": "start", "time": first["time"]} | expected
+    before = clone.record.read_text()
+    assert json.loads(before) == first | {"commit": clone.whole()}
     clone.commit()
-    spoil, status, words = REFUSED[name]
-    spoil(clone)
-    with pytest.raises(SystemExit, match=words):
-        clone.add("wider", status)
-    assert clone.tries() == []
+    shutil.rmtree(clone.place)
+    assert clone.next() == RUN and clone.record.read_text() == before
 
 
-def test_add_keeps_what_is_simpler_and_not_worse(clone):
-    clone.baseline()
-    clone.commit()
-    clone.scored(0.999)
-    clone.add("simpler")
-    assert clone.next().startswith("git update-ref")
-    clone.scored(0.9999, 2)
-    assert "0.999900 keep, simpler, seed 2" in clone.add("simpler", "keep") and clone.next() == IDEA
+def test_git_clone_brings_no_record_and_the_night_works_there(night):
+    night.say("until", "50")
+    add_benchmark(night.home, "another")
+    night.git("clone", "-q", ".", "../other")
+    night.enter(night.folder.parent / "other", "test")
+    found = night.json()
+    expected = {"until": "never", "benchmark": "local", "device": "cpu test", "runs": []}
+    assert found | expected == found and night.next() == RUN and night.view.read_text() == HEADER
 
 
-CRASHES = {
-    "an error": ("commit {head}, seed 1, x\nTraceback\nValueError: no\n", None, "wider: ValueError: no, seed 1"),
-    "a syntax error": ("SyntaxError: no\n", None, "wider: SyntaxError: no, seed 1"),
-    "killed for memory": ("commit {head}, seed 1, x\nstep 1\n", "crash", "wider: cut off, seed 1"),
-}
-
-
-@pytest.mark.parametrize("name", CRASHES)
-def test_add_of_a_crash(name, clone):
-    start = clone.baseline()
-    head = clone.commit()
-    log, status, words = CRASHES[name]
-    clone.write("run.log", log.format(head=head))
-    clone.add("wider", status)
-    assert clone.rows()[-1] == [head, "0.000000", "0.0", "crash", words]
-    assert clone.next() == back(head, start)
-    assert clone.bash(clone.next()) == ("", 0)
-    assert clone.next() == IDEA and clone.head() == start, "an old log is of no other commit"
-
-
-def test_a_score_and_then_a_crash_before_add(clone):
-    clone.baseline()
-    head = clone.commit()
-    clone.scored(0.98)
-    clone.write("run.log", f"commit {head}, seed 2, x\nMemoryError\n")
-    clone.add("wider")
-    assert clone.tries() == [[head, "discard", "wider, seed 1"], [head, "crash", "wider: MemoryError, seed 2"]]
-
-
-WAVE = {"lucky": (0.93, 0.95, 0.96), "better": (0.955, 0.94, 0.95), "worse": (0.98, 0.99, 1.01)}
-
-
-def test_add_of_a_wave(clone):
-    """The best of two winners is kept, by the runs after the first. What does not compare is named, and no row."""
-    start = clone.baseline()
-    tried = {}
-    for name in (*WAVE, "slip"):
-        tried[name] = clone.commit(f"{name}; expect +0.01")
-        clone.git("update-ref", f"refs/tries/{tried[name]}", "HEAD")
-        clone.git("reset", "-q", "--keep", start)
-    for name, scores in WAVE.items():
-        for seed, score in enumerate(scores, 1):
-            clone.job(tried[name], seed, val_bpb=score, time="then")
-    clone.job(tried["slip"], 1, "crash", reason="SyntaxError: no")
-    clone.job(tried["worse"], 4, val_bpb=0.1, device="A100")
-    clone.job(tried["worse"], 5, val_bpb=0.1, benchmark="another")
-    first = json.loads(clone.journal.read_text().splitlines()[0])
-    clone.job(start, 1, val_bpb=0.995, time=first["time"])  # it ran on this machine: the journal has it
-    (clone.folder / "wave" / "results" / "torn.json").write_text("{")
-
-    assert clone.next() == "uv run ledger.py add --wave"
-    added = clone.call(ledger.add_wave)
-    for problem in ("torn.json of the wave cannot be read", "on A100, the baseline on cpu", "the benchmark another"):
-        assert added.count(problem) == 1
-    expected = []
-    for name, status in (("lucky", "discard"), ("better", "keep"), ("worse", "discard")):
-        expected += [[tried[name], status, f"{name}; expect +0.01, seed {seed}"] for seed in (1, 2, 3)]
-    expected.append([tried["slip"], "crash", "slip; expect +0.01: SyntaxError: no, seed 1"])
-    assert sorted(clone.tries()) == sorted(expected)
-    assert clone.next() == f"git reset -q --keep {tried['better']}"
-    with pytest.raises(SystemExit, match="nothing to add: no commit"):
-        ledger.add_wave(clone.folder)
-
-
-def test_a_final_run_is_one_whatever_it_is_called(clone):
-    start = clone.baseline()
-    (clone.folder / "night.json").write_text(json.dumps({"tag": "test", "until": "3", "commit": start}))
-    clone.scored(1.0, 4)
-    clone.add("on a fresh seed")
-    assert clone.rows()[-1][-1] == "on a fresh seed, final, seed 4"
-
-
-# --------------------------------------
-# What is lost, edited or somebody else's
-
-
-def test_results_lost_are_rebuilt(clone):
-    clone.baseline()
-    kept = clone.commit("deeper; expect +0.01")
-    for seed in (1, 2):
-        clone.scored(0.98, seed)
-        clone.add("deeper")
-    tried = clone.commit("wider")
-    clone.scored(1.2)
-    clone.scored(1.3, 2, slow_steps_percent=50)
-    clone.add("wider")
-    clone.git("reset", "-q", "--keep", kept)  # nothing but git's log of HEAD knows it now
-    clone.commit("not judged")
-    clone.scored(0.97)
-    baseline = clone.rows()[:4]
-    clone.git("checkout", "-q", "--detach", baseline[1][0])
-    clone.scored(1.0, 4)
-    clone.git("checkout", "-q", "autoresearch/test")
-    (clone.folder / "results.tsv").unlink()
-    assert "results.tsv was lost, and is rebuilt" in clone.status()
-    assert clone.rows()[:4] == baseline
-    assert clone.tries() == [
-        *([kept, "keep", f"deeper; expect +0.01, seed {seed}"] for seed in (1, 2)),
-        [tried, "discard", "wider, seed 1"],
-        [baseline[1][0], "keep", "baseline, final, seed 4"],
-    ]
-    assert clone.next() == adds("not judged") and "lost" not in clone.status()
-
-
-LOST = ["", "[]", "{}", '{"commit": "ffffffff", "tag": "x", "until": "1"}', "\xff"]
-
-
-@pytest.mark.parametrize("content", LOST)
-def test_night_json_lost_is_recovered(content, clone):
-    clone.baseline()
-    clone.commit()
-    clone.git("checkout", "-q", "--detach")
-    (clone.folder / "night.json").write_text(content, encoding="latin-1")
-    text = clone.status()
-    assert "night:       test, 3 rows, until never" in text and "warning: night.json is lost" in text
-    (clone.folder / "night.json").unlink()
-    assert clone.status() == text
-
-
-@pytest.mark.parametrize(
-    ("until", "expected"),
-    [("2020-01-01T00:00", OVER), ("3000-01-01T00:00:00Z", IDEA), (3, OVER), (4, IDEA), ("soon", IDEA), (None, IDEA)],
-)
-def test_until_edited_by_hand(until, expected, clone):
-    clone.baseline()
-    state = json.loads((clone.folder / "night.json").read_text())
-    clone.write("night.json", json.dumps(state | {"until": until}))
-    assert clone.next() == expected
-
-
-def test_runs_of_another_night_are_not_taken(clone):
-    clone.scored(0.5)
-    start = clone.baseline()
+@pytest.mark.parametrize("line", ["main", "--detach"])
+def test_where_no_night_is_the_commands_name_those_there_are(line, clone):
+    assert clone.bash("uv run ledger.py open") == (
+        "no night here (on main); next: uv run ledger.py start <tag> --until <when>\n",
+        1,
+    )
+    clone.begin("older")
     clone.git("checkout", "-q", "main")
-    clone.scored(0.6)
-    clone.commit()
-    clone.scored(0.7)
-    assert clone.bash(clone.next()) == ("", 0)
-    assert clone.next() == IDEA and clone.head() == start
+    clone.begin()
+    clone.git("checkout", "-q", line)
+    before = contents(clone.folder, clone.home)
+    for command in ([], ["--json"], ["run"], ["keep"], ["discard"], ["until", "now"]):
+        said = refused(ledger.main, command)
+        assert re.match(r"no night here \(on (main|a detached HEAD)\); next: ", said)
+        assert said.endswith("git checkout -q autoresearch/test; older ones: autoresearch/older")
+    assert clone.bash("PYTHONDONTWRITEBYTECODE=1 uv run ledger.py open") == (said + "\n", 0)
+    assert contents(clone.folder, clone.home) == before
 
 
-OLD = [{name: GONE} for name in ("time", "steps", "seed", "dirty", "device")]
-NULL = [{name: None} for name in ("peak_memory_mb", "steps", "slow_steps_percent", "untimed_rows")]
-
-
-@pytest.mark.parametrize("changes", [*OLD, *NULL], ids=str)
-def test_lines_of_older_journals_are_runs(changes, clone):
-    clone.call(ledger.start, "test")
-    clone.scored(1.0, **changes)
-    assert clone.next() == adds("baseline")
-    assert clone.add().count("added") == 1 and clone.next().startswith("AUTORESEARCH_SEED=")
-
-
-def test_lines_that_are_no_runs_are_skipped(clone):
-    clone.call(ledger.start, "test")
-    clone.write(clone.journal, '{"val_bpb": 0.9}\n[1]\n{"commit": null, "val_bpb": 1}\n{"val_bpb": 0.9, "comm\n')
-    clone.scored(math.nan)
-    clone.scored(1.0)
-    assert clone.add().count("added") == 1
-
-
-def test_a_log_is_not_of_the_commit_that_amends_its_own(clone):
-    clone.baseline()
-    clone.commit()
-    clone.write("run.log", "SyntaxError: no\n")
-    time.sleep(0.02)
-    clone.git("commit", "-q", "--amend", "--allow-empty", "-m", "fixed")
-    assert clone.next() == train(1)
-
-
-def test_a_keep_that_git_does_not_know_is_none(clone):
-    start = clone.baseline()
-    append_rows(clone.folder / "results.tsv", [("abcdef0", "0.1", "1.0", "keep", "a dream")])
-    text = clone.status()
-    assert f"to beat:     1.000000, {start}" in text and "results.tsv:5: abcdef0 is not a commit of this night" in text
-
-
-def test_train_py_without_its_text(clone):
-    """Gone, or with the markers of a cherry-pick, which `git commit -- train.py` accepts."""
-    clone.baseline()
-    (clone.folder / "train.py").unlink()
-    assert clone.next().startswith("# a new idea is in train.py")
-    clone.write("train.py", "<<<<<<< HEAD\n")
-    assert clone.next() == DROP
-    clone.git("commit", "-q", "-m", "four", "--", "train.py")
-    assert clone.next() == "git reset -q --keep HEAD^"
+def test_checkout_goes_on_with_an_older_night(clone):
+    clone.begin("older")
+    clone.say()
+    older = clone.view.read_bytes()
+    clone.git("checkout", "-q", "main")
+    clone.begin(until="50")
+    clone.commit(1.1)
+    assert clone.json()["until"] == "50" and clone.view.read_bytes() != older
+    clone.git("checkout", "-q", "autoresearch/older")
+    found = clone.json()
+    assert (found["tag"], found["until"], len(found["runs"]), found["problems"]) == ("older", "never", 3, [])
+    assert clone.view.read_bytes() == older
 
 
 # --------------------------------------
-# Open
+# results.tsv
 
 
-@pytest.fixture
-def waits(clone, monkeypatch):
-    """The seconds that two questions of `open`, or more, waited."""
-
-    def ask(times=2):
-        seconds = []
-        monkeypatch.setattr(ledger, "time", types.SimpleNamespace(sleep=seconds.append))
-        for _ in range(times):
-            clone.call(ledger.wait_while_open)
-        return seconds
-
-    return ask
-
-
-def test_open_waits_longer_each_time_until_there_is_a_row(clone, waits):
-    clone.call(ledger.start, "test", "4")
-    assert waits(8) == [30, 60, 120, 240, 480, 900, 900]
-    assert clone.git("status", "--porcelain") == ""
-    for seed in (1, 2, 3):
-        clone.scored(1.0, seed)
-    clone.add()
-    assert waits() == [30]
-    clone.scored(1.1, 4)
-    clone.add()
-    with pytest.raises(SystemExit) as over:
-        ledger.wait_while_open(clone.folder)
-    assert over.value.code == 1
+def test_rows(night):
+    kept = night.commit(0.98, 0.97, 0.96)
+    crashed = night.commit(None, message="worse")
+    night.git("reset", "-q", "--keep", kept)
+    night.say()
+    night.ran(0.5, 4, "final")
+    idea = night.commit(message="another, final")
+    for state in ("disturbed", "elsewhere", "interrupted"):
+        night.ran(0.9, state=state)
+    night.ran(0.9, description="tab\there, line\nthere, final")
+    found = night.json()
+    assert night.view.read_text() == HEADER + "".join(
+        f"{commit[:7]}\t{words}\n"
+        for commit, words in [
+            *((night.start, f"{score}\t2.0\tkeep\tbaseline, seed {seed}") for score, seed in BASELINE),
+            *((kept, f"0.9{9 - seed}0000\t2.0\tkeep\twider, seed {seed}") for seed in (1, 2, 3)),
+            (crashed, "0.000000\t0.0\tcrash\tworse, seed 1"),
+            (kept, "0.500000\t2.0\tkeep\twider, final, seed 4"),
+            (idea, "0.900000\t2.0\tdiscard\ttab here, line there, final, seed 1"),
+        ]
+    )
+    assert found["next"]["training"] == {"role": "idea", "commit": idea, "seed": 2}
+    assert found["to_beat"] == pytest.approx(0.97), "final runs select nothing"
 
 
-def test_a_linked_worktree(clone, monkeypatch, waits):
-    clone.git("worktree", "add", "-q", "-b", "other", "../linked")
-    clone.folder = clone.folder.parent / "linked"
-    monkeypatch.setattr(harness_journal, "ROOT", clone.folder)
-    clone.baseline()
-    clone.write("run.log", "SyntaxError: no\n")
-    assert clone.next() == adds("baseline")
-    assert waits() == [30]
+BASELINE = [("0.995000", 1), ("1.000000", 2), ("1.005000", 3)]
+VIEWS = {"lost": lambda path: path.unlink(), "of before": lambda path: path.write_text(HEADER), "whole": os.stat}
 
 
-BAD = {
-    "no benchmark": "rm ../home/current",
-    "no night": "git checkout -q main; rm night.json",
-    "no repository": "rm -rf .git",
-    "a ledger that is a folder": "rm results.tsv; mkdir results.tsv",
-    "a ledger of another tool": "printf 'step\\tloss\\n1\\t2\\n' > results.tsv",
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_comes_back_byte_for_byte(name, night):
+    """One that an agent's checkpoint brought back is no edit, and one that is as it should be is left alone."""
+    content, stat = night.view.read_bytes(), night.view.stat()
+    VIEWS[name](night.view)
+    assert night.json()["problems"] == [] and night.view.read_bytes() == content
+    assert (night.view.stat().st_ino == stat.st_ino and night.view.stat().st_mtime_ns == stat.st_mtime_ns) == (
+        name == "whole"
+    )
+
+
+@pytest.mark.parametrize("is_link", [False, True], ids=["a file", "a link"])
+def test_an_edited_view_is_moved_aside_over_nothing(is_link, night):
+    target = night.view
+    if is_link:
+        target = night.home / "results.tsv"
+        night.view.rename(target)
+        night.view.symlink_to(target)
+    before = target.read_bytes()
+    for name in ("results-edited.tsv", "results-edited2.tsv"):
+        target.write_text(name)
+        assert f"warning: results.tsv was edited: it is {name} now" in night.say()
+        assert target.with_name(name).read_text() == name and target.read_bytes() == before
+    assert target.with_name("results-edited.tsv").read_text() == "results-edited.tsv"
+    assert night.view.is_symlink() == is_link and "edited" not in night.say()
+
+
+# --------------------------------------
+# Lines of the record
+
+UNREADABLE = {  # lines, and changes of a line that is good
+    "torn": '{"kind": "run", "ru',
+    "no object": "[1]",
+    "no kind": '{"run": "x"}',
+    "unknown decision": '{"kind": "decision", "commit": "x", "decision": "maybe"}',
+    "decision of nobody": '{"kind": "decision", "commit": "x", "decision": "keep", "by": "chance"}',
+    "end without until": '{"kind": "end"}',
+    "end null": '{"kind": "end", "until": null}',
+    **{str(line): line for line in ({"state": "fine"}, {"role": "hero"}, {"seed": "1"}, {"commit": 7}, {"run": None})},
+    **{str(line): line for line in ({"val_bpb": None}, {"val_bpb": float("nan")}, {"val_bpb": "0.5"})},
+    **{str(line): line for line in ({"memory_gb": "much"}, {"steps": "ten"}, {"description": None}, {"losses": 1})},
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_open_goes_on_where_the_books_are_bad(name, clone, waits):
-    clone.baseline()
-    assert clone.bash(BAD[name]) == ("", 0)
-    assert waits()[-1] == 30
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_unreadable_line_is_counted_and_never_a_default(name, night):
+    line = UNREADABLE[name]
+    before = night.json()
+    if isinstance(line, dict):
+        line = night.ran(0.5, **line)
+    else:
+        night.write(line)
+    night.write(line, {"kind": "dream of a later version"}, {"kind": "say", "message": "hello"})
+    found = night.json()
+    assert found["problems"] == [f"2 lines of {night.record} cannot be read, and do not count"]
+    assert found | {"time": before["time"], "problems": []} == before
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_a_line_is_appended_to_one_without_its_end(is_torn, night):
+    night.ran(1.0, 6, "again")
+    with open(night.record, "rb+") as file:
+        file.truncate(night.record.stat().st_size - (9 if is_torn else 1))
+    night.say("until", "60")
+    found = night.json()
+    assert (found["until"], len(found["problems"]), len(found["runs"])) == ("60", is_torn, 4 - is_torn)
+
+
+def test_a_later_line_about_a_run_takes_its_place(night):
+    commit = night.commit()
+    line = night.ran(None, state="interrupted")
+    night.ran(0.999, 2, state="disturbed")
+    night.write(line | {"state": "scored", "val_bpb": 0.9999})
+    assert [(run["seed"], run["state"]) for run in night.json()["runs"][3:]] == [(1, "scored"), (2, "disturbed")]
+    assert night.rows()[4:] == [[commit[:7], "0.999900", "2.0", "discard", "wider, seed 1"]]
+
+
+@pytest.mark.parametrize(("by_hand", "by_rule"), [("discard", "keep"), ("keep", "discard")])
+def test_the_rule_takes_no_decision_from_the_hand(by_hand, by_rule, night):
+    commit = night.commit(*3 * [0.9 if by_rule == "keep" else 1.1])
+    line = {"kind": "decision", "commit": commit}
+    night.write(line | {"decision": by_hand, "by": "hand"}, line | {"decision": by_rule, "by": "rule"})
+    assert night.decisions() == [(commit, by_hand, "hand")]
+
+
+APPEND = """
+import sys
+from night.record import append, recording
+for number in range(5):
+    with recording("test") as (night, place):
+        assert len(night.messages) == len(open(place / "record.jsonl").readlines()) - 4
+        append(place, night, {"kind": "say", "message": f"{sys.argv[1]} {number} " + 9999 * "x"})
+"""
+
+
+def test_forty_appends_at_once_are_all_there(night):
+    commands = [[sys.executable, "-c", APPEND, str(number)] for number in range(8)]
+    processes = [subprocess.Popen(command, cwd=night.folder) for command in commands]
+    assert [process.wait() for process in processes] == 8 * [0]
+    found = sorted(json.loads(line)["message"][:3] for line in night.record.read_text().splitlines()[4:])
+    assert found == [f"{process} {number}" for process in range(8) for number in range(5)]
 
 
 # --------------------------------------
-# As commands
+# Keep and discard
 
 
-def test_output_anywhere(clone, monkeypatch):
-    assert clone.bash("uv run ledger.py start test >/dev/null") == ("", 0)
-    for seed in (1, 2):
-        clone.scored(1.0, seed)
-    assert clone.bash("uv run ledger.py add '\u65e5 \u2028 \u00e9' >/dev/null") == ("", 0)
+@pytest.mark.parametrize(("second", "verdict"), [(0.9999, "keep"), (1.0, "keep"), (1.0001, "discard")])
+def test_keep_asks_for_a_second_run_that_is_not_worse(second, verdict, night):
+    commit = night.commit(1.002)
+    assert night.decisions() == [(commit, "discard", "rule")] and "`uv run ledger.py keep`" in night.say()
+    assert f"decision: simpler {commit[:7]}, " in night.say("keep") and night.next() == RUN
+    assert night.json()["next"]["training"] == {"role": "idea", "commit": commit, "seed": 2}
+    night.ran(second, 2)
+    assert night.decisions() == [(commit, verdict, "rule")]
+    assert night.next() == (NEW_IDEA if verdict == "keep" else f"git reset -q --keep {night.start[:7]}")
+
+
+DECIDED = {  # what the agent decides of HEAD with these runs, and the answer; a refusal where no decision is recorded
+    "keep of what ran twice": ("keep", [0.98, 0.999], "decision: keep"),
+    "discard of what is promising": ("discard", [0.98], "decision: discard"),
+    "keep of the baseline": ("keep", None, "the baseline is what all is compared with"),
+    "discard of the baseline": ("discard", None, "the baseline is what all is compared with"),
+    "keep without a run": ("keep", [], f"has no run that counts; next: {RUN}"),
+    "discard without a run": ("discard", [], f"has no run that counts; next: {RUN}"),
+    "keep of a crash": ("keep", [0.98, None], "has crashed: mend it in a new commit"),
+    "keep of what is worse": ("keep", [0.98, 1.1], "its gain is -0.100000"),
+    "keep of what is kept": ("keep", [0.98, 0.98, 0.98], "the baseline is what all is compared with"),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_what_the_agent_decides(name, night):
+    command, scores, answer = DECIDED[name]
+    if scores is not None:
+        night.commit(*scores)
+    before = night.decisions()
+    if answer.startswith("decision: "):
+        assert answer in night.say(command) and night.decisions() == [(night.whole(), command, "hand")]
+        assert night.next() == (NEW_IDEA if command == "keep" else f"git reset -q --keep {night.start[:7]}")
+    else:
+        assert answer in refused(ledger.main, [command]) and night.decisions() == before
+
+
+def test_what_is_no_longer_below_head_is_decided_once_and_what_is_off_the_line_is_not_kept(night):
+    left = night.commit(0.98)
+    assert night.decisions() == []
+    night.git("reset", "-q", "--keep", night.start)
+    assert night.decisions() == night.decisions() == [(left, "discard", "rule")]
+    assert night.record.read_text().count('"reason": "left"') == 1
+    better = night.commit(0.98, 0.98, 0.98, message="better")
+    night.say()
+    night.git("reset", "-q", "--keep", night.start)
+    night.commit(0.99, message="simpler")
+    assert refused(ledger.main, ["keep"]).endswith(f"next: git reset -q --keep {better[:7]}")
+
+
+# --------------------------------------
+# The end, and `open`
+
+
+def test_until_says_another_end(night):
+    assert "lasts until 3 rows\n" in night.say("until", "3") and night.json()["over"]
+    night.say("until", "3000-01-01T00:00+00:00")
+    assert night.json()["until"] == "3000-01-01T00:00:00+00:00" and night.next() == NEW_IDEA
+    assert "next: # the night is over" in night.say("until", "now") and night.json()["over"]
+    before = night.record.read_bytes()
+    for text in ("2020-01-01", "soon"):
+        assert refused(ledger.main, ["until", text]).startswith(f"until {text}: ")
+    assert night.record.read_bytes() == before
+
+
+OPEN = {  # what happens, and the answer of `open`, nothing where the night goes on
+    "an idea": (lambda night: None, ""),
+    "a run": (lambda night: (night.place / "run.json").write_text('{"run": "x"}'), ""),
+    "an edited view": (lambda night: night.view.write_text("x"), ""),
+    "a commit that was left": (lambda night: night.git("reset", "-q", night.commit(0.98) + "^"), ""),
+    "no benchmark": (lambda night: shutil.rmtree(night.home), ""),
+    "over": (lambda night: night.write({"kind": "end", "until": "3"}), "the night is over: nothing was kept\n"),
+    "crashes": (lambda night: [night.ran(None, n, "baseline", exit=1) for n in (1, 2)], "tell the human: the untouch"),
+    "mended": (lambda night: (OPEN["crashes"][0](night), night.write({"kind": "end", "until": "9"})), ""),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_open_answers_and_writes_nothing(name, night):
+    OPEN[name][0](night)
+    before = contents(night.folder, night.home)
+    night.capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        ledger.main(["open"])
+    said, answer = night.capsys.readouterr().out, OPEN[name][1]
+    assert end.value.code == (1 if answer else 0) and said[: len(answer) or None] == answer
+    assert contents(night.folder, night.home) == before
+
+
+# --------------------------------------
+# Several nights, and what is printed
+
+
+def test_two_clones_with_one_home_do_not_meet(night):
+    add_benchmark(night.home, "another")
+    folder = night.folder
+    night.git("clone", "-q", "-b", "main", ".", "../second")
+    night.enter(folder.parent / "second", "test")
+    night.begin()
+    night.commit(0.5)
+    assert night.json()["benchmark"] == "another"
+    (night.home / "another" / "journal.jsonl").write_text(json.dumps({"val_bpb": 0.1, "commit": night.start}) + "\n")
+    night.enter(folder, "test")
+    found = night.json()
+    assert (found["benchmark"], found["to_beat"], found["problems"]) == ("local", 1.0, [])
+    night.commit()
+    shutil.rmtree(night.home / "local")
+    assert "the benchmark of this night, local, is not in" in refused(ledger.main, ["run"])
+
+
+def test_two_linked_worktrees_do_not_meet(night):
+    first, folder = night.view.read_bytes(), night.folder
+    night.git("worktree", "add", "-q", "--detach", "../linked", "main")
+    night.enter(folder.parent / "linked", "linked")
+    night.begin("linked", "50")
+    night.commit(1.1)
+    assert len(night.json()["runs"]) == 4 and len(night.rows()) == 5
+    assert night.place == folder / ".git/autoresearch/linked"
+    night.enter(folder, "test")
+    found = night.json()
+    assert (found["tag"], found["until"], len(found["runs"]), found["problems"]) == ("test", "never", 3, [])
+    assert night.view.read_bytes() == first
+
+
+def test_a_run_by_hand_is_named_and_has_no_row(night):
+    lines = [{"val_bpb": 0.5, "commit": commit, "run": run} for commit, run in (("x", None), (night.start, "x"))]
+    for count, line in enumerate([*lines, {"val_bpb": 0.5, "commit": night.start, "run": None}]):
+        with open(night.home / "local" / "journal.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        assert ("1 runs of this commit by hand have no row" in night.say()) == (count == 2)
+    assert len(night.rows()) == 4 and len(night.json()["runs"]) == 3
+
+
+def test_why_asks_for_another_structure_and_for_pruning(night):
+    kept = night.start
+    asked = []
+    for number in range(15):
+        if number == 6:
+            kept = night.commit(0.98, 0.98, 0.98, message="kept")
+        else:
+            night.commit(1.1, message=f"prune {number}" if number == 8 else f"idea {number}")
+        night.say()
+        night.git("reset", "-q", "--keep", kept)
+        why = re.search("^why: (.*)", night.say(), re.M)[1]
+        asked.append("structure" if "change the structure" in why else "prune" if "pruning is due" in why else "")
+    assert asked == 4 * [""] + 2 * ["structure"] + ["", "prune"] + 3 * [""] + 4 * ["structure"]
+
+
+@pytest.mark.parametrize("torn", ["", '{"val_bpb": 0.9, "comm\n'], ids=["whole", "a torn line in the journal"])
+def test_json(torn, night):
+    (night.home / "local" / "journal.jsonl").write_text(torn)
+    commit = night.commit(1.1)
+    found = night.json()
+    assert (found["noise_floor"], found["to_beat"]) == (pytest.approx(0.01), pytest.approx(1.0))
+    assert [run["role"] for run in found["runs"]] == 3 * ["baseline"] + ["idea"]
+    assert [item["commit"] for item in found["decisions"]] == [commit] and found["next"]["kind"] == "reset"
+
+
+def test_output_anywhere(clone):
+    """In processes of their own, with the device that torch tells."""
+    assert clone.bash("CUDA_VISIBLE_DEVICES= uv run ledger.py start test --until 9 >/dev/null") == ("", 0)
+    assert json.loads(clone.record.read_text())["device"]
+    clone.commit(1.0, message="\u65e5 \u2028 \u00e9")
     lines = [f"PYTHONIOENCODING={code} uv run ledger.py >/dev/null" for code in ("cp1252", "ascii", "utf-8")]
-    lines += ["uv run ledger.py | true", "cd night && uv run ../ledger.py >/dev/null"]
-    for line in lines:
+    for line in [*lines, "uv run ledger.py | true", "cd night && uv run ../ledger.py >/dev/null"]:
         assert clone.bash(f"set -o pipefail; {line}") == ("", 0), line
 
 
-WRONG = ["start", "start x --until soon", "add x --wave", "add x --maybe", "opem", "--status", "add x --keep --crash"]
-
-
-@pytest.mark.parametrize("words", WRONG)
+@pytest.mark.parametrize("words", ["start", "start x", "start x --until soon", "opem", "--status", "keep x", "until"])
 def test_a_wrong_line_is_answered_in_one(words, clone):
     answer, code = clone.bash(f"uv run ledger.py {words}")
     assert code in (1, 2) and answer.count("\n") == 1

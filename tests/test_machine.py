@@ -126,7 +126,9 @@ def test_locks_are_for_all_users_homes_and_processes(home, monkeypatch):
     code = "import torch; from harness import machine; machine.DeviceLock(torch.device('mps')).release()"
     second = start("-c", code)
     errors = second.communicate()[1]
-    message = f"another training is running on mps (pid {os.getpid()}): wait for it or end it; lock {lock.lock.lock_file}\n"
+    message = (
+        f"another training is running on mps (pid {os.getpid()}): wait for it or end it; lock {lock.lock.lock_file}\n"
+    )
     assert (second.returncode, errors) == (DEVICE_TAKEN, message)
     lock.release()
     assert start("-c", code).wait() == 0

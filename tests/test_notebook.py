@@ -1,5 +1,5 @@
 """
-Defects of analysis.ipynb: a ledger that it cannot show, a gain or verdict that is wrong, a disagreement of ledger and
+Defects of analysis.ipynb: a night that it cannot show, a gain or verdict that is wrong, a disagreement of record and
 journal that it misses, a picture that cannot be read. Its cells run in this process, and once as a notebook.
 """
 
@@ -15,33 +15,91 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, HEADER, NIGHT, ROOT, copy_harness, journal_of
+from conftest import CPU, ROOT, copy_harness
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import prepare
 import train
-from harness import journal, runtime
-from swarm import notes
+from harness import common, runtime
 
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
 CODE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code")
-BENCHMARK = journal_of(NIGHT)[0]["benchmark"]
+START = {"kind": "start", "time": "2026-11-01T00:00:00+00:00", "tag": "test", "until": "never", "device": "cpu"}
+
+
+class Book:
+    """A repository with a night begun, whose record and journal are written by hand, as the ledger would."""
+
+    def __init__(self, folder, home, benchmark="local-1"):
+        self.folder, self.journal = folder, home / benchmark / "journal.jsonl"
+        self.record = folder / ".git" / "autoresearch" / "test" / "record.jsonl"
+        self.benchmark = benchmark
+        self.count = 0
+        self.git("init", "-q", "-b", "autoresearch/test")
+        shutil.copy(ROOT / "train.py", folder)
+        self.git("add", "train.py")
+        self.commit("before")
+        words = START | {"benchmark": benchmark}
+        self.start = self.commit(f"autoresearch/test: start\n\n{json.dumps(words)}")
+        self.add(self.record, words | {"commit": self.start})
+
+    def git(self, *words):
+        command = ["git", "-c", "user.name=Agent", "-c", "user.email=agent@example.org", *words]
+        return subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self, message):
+        self.git("commit", "-q", "--allow-empty", "-m", message)
+        return self.git("rev-parse", "HEAD")
+
+    def add(self, path, line):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def run(self, commit, role, seed, score=None, journal=(), **changes):
+        """A run, in the record and, if it has a score and `journal` is not None, there."""
+        self.count += 1
+        time = f"2026-11-01T00:{self.count * 2:02}:00+00:00" if self.count < 30 else "2026-11-01T02:00:00+00:00"
+        line = {"run": f"run-{self.count}", "time": time, "commit": commit, "seed": seed, "val_bpb": score}
+        if score and journal is not None:
+            seen = {"benchmark": self.benchmark, "device": "cpu", "dirty": False, "same_harness": True}
+            self.add(self.journal, line | seen | {"holdout_bpb": score + 0.1} | dict(journal))
+        line |= {"kind": "run", "role": role, "state": "scored" if score else "crash", "memory_gb": 1.0}
+        line |= {"train": self.git("rev-parse", f"{commit}:train.py"), "description": "baseline"}
+        if commit != self.start:
+            line["description"] = self.git("log", "-1", "--format=%s", commit)
+        self.add(self.record, line | changes)
+
+    def decide(self, commit, decision="keep"):
+        self.add(self.record, {"kind": "decision", "commit": commit, "decision": decision})
+
+    def idea(self, message, *scores, decision="keep", **options):
+        """A commit, its runs with seeds from 1, and what was decided."""
+        commit = self.commit(message)
+        for seed, score in enumerate(scores, 1):
+            self.run(commit, "idea", seed, score, **options)
+        self.decide(commit, decision)
+        return commit
+
+    def baseline(self, **options):
+        for seed, score in enumerate((1.002, 0.999, 0.999), 1):
+            self.run(self.start, "baseline", seed, score, **options)
+
+
+@pytest.fixture
+def book(home, tmp_path):
+    return Book(tmp_path, home)
 
 
 @pytest.fixture
 def cells(home, tmp_path, monkeypatch, capsys):
-    """Run all code cells in a folder with this ledger and journal; returns their variables and what they print."""
+    """Run all code cells in a folder, which may have a night; returns their variables and what they print."""
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(journal, "ROOT", tmp_path)  # whose folder is asked for commits ...
-    monkeypatch.setattr(notes, "ROOT", tmp_path)  # ... and for notes
+    monkeypatch.setattr(common, "ROOT", tmp_path)  # whose git is asked
+    monkeypatch.setenv("AUTORESEARCH_HOME", str(home))
 
-    def run(ledger=None, journal=()):
-        if ledger is not None:
-            (tmp_path / "results.tsv").write_text(ledger)
-        if journal:
-            (home / BENCHMARK).mkdir(parents=True)
-            (home / BENCHMARK / "journal.jsonl").write_text("".join(json.dumps(run) + "\n" for run in journal))
+    def run():
         namespace = {}
         exec(CODE, namespace)
         assert (tmp_path / "progress.png").stat().st_size > 1000
@@ -51,66 +109,119 @@ def cells(home, tmp_path, monkeypatch, capsys):
     return run
 
 
-FINALS = """aaaaaaa\t1.001\t1.0\tkeep\tbaseline, seed 1
-aaaaaaa\t1.000\t1.0\tkeep\tbaseline, final, seed 4
-eeeeeee\t0.990\t1.0\tkeep\tlast keep, final, seed 4
-aaaaaaa\t1.010\t1.0\tkeep\tbaseline, final, seed 5
-eeeeeee\t0.980\t1.0\tkeep\tlast keep, final, seed 5
-"""
+def an_honest_night(book):
+    """Two keeps, a discard, a crash, a disturbed run, and final runs; returns the kept commits."""
+    book.baseline(losses=[5.0, 4.0, None])
+    deeper = book.idea("deeper; expect -0.01", 0.99, 0.99, 0.99, losses=[5.0, 3.0, 2.0])
+    book.idea("wider", 1.2, decision="discard")
+    book.git("reset", "-q", "--hard", deeper)
+    book.idea("a typo", None, reason="NameError: no", decision="discard")
+    book.git("reset", "-q", "--hard", deeper)
+    rate = book.commit("baseline of all rates, final")
+    book.run(rate, "idea", 1, 0.8, state="disturbed", reason="30% slow")
+    for seed, score in enumerate((0.9895, 0.987, 0.9875), 1):
+        book.run(rate, "idea", seed, score)
+    book.decide(rate)
+    for commit, seed, score in ((book.start, 4, 1.0), (rate, 4, 0.99), (book.start, 5, 1.01), (rate, 5, 0.98)):
+        book.run(commit, "final", seed, score)
+    return deeper, rate
 
 
-def test_an_honest_night(cells, tmp_path):
+def test_an_honest_night(book, cells, tmp_path):
     (tmp_path / "run.log").write_text("COMPILE: torch.compile does not work\n---\n")
-    found, text = cells(NIGHT + FINALS, journal_of(NIGHT + FINALS, row4={"slow_steps_percent": 30.0}))
+    deeper, rate = an_honest_night(book)
+    found, text = cells()
     kept = found["kept"]
-    assert list(kept.index) == ["aaaaaaa", "bbbbbbb", "eeeeeee"]
-    assert list(kept["row"]) == [0, 3, 7], "the last runs leave the picture as it was"
-    assert list(kept["val_bpb"]) == pytest.approx([1.00025, 0.99, 0.988])
-    assert list(kept["gain"])[1:] == pytest.approx([0.01025, 0.002])
+    assert list(kept.index) == [book.start[:7], deeper[:7], rate[:7]]
+    assert list(kept["row"]) == [0, 5, 11], "the run that decided; final ones leave the picture as it was"
+    assert list(kept["val_bpb"]) == pytest.approx([1.0, 0.99, 0.988])
+    assert list(kept["runs"]) == [3, 3, 3]
     assert list(kept["verdict"]) == ["", "clears the noise", "within the noise"]
-    assert len(found["matched"]) == 12 and found["unlisted"] == []
+    assert list(found["runs"]["status"][6:9]) == ["discard", "crash", "disturbed"]
+    assert found["findings"] == []
     for words in (
-        "13 runs: 10 keep, 2 discard, 1 crash",
+        "16 runs: 9 keep, 1 discard, 1 crash, 1 disturbed, 4 final\n",
         "ideas after the baseline: 4, kept: 2, keep rate 50%",
+        "baseline 1.000000, noise floor 0.002",
+        "15 of 15 runs with a score are in the journal",
         "30.0 experiments per hour",
         "a typo",
+        "NameError: no",
+        "disturbed 30% slow",
         "no samples: there is no best.pt to load",
-        "baseline 1.000250, noise floor 0.002958\n",
-        "Validation gained 0.020000, the holdout 0.020000: the gain is real.\n",
-        "Drift: the baseline, run again, -0.001000 with the same seed.",
-        "Fresh seeds: 0.010000 and 0.030000, on the holdout 0.010000 and 0.030000\n",
-        "1 disturbed runs (slow steps): bbbbbbb\n",
+        "agree. Validation gained 0.020000, the holdout 0.020000: the gain is real.\n",
+        "Gain on fresh seeds: +0.020000; on the holdout +0.020000\n",
+        f"Drift: {book.start[:7]}, run again later, +0.005000\n",
         "Last run: COMPILE: torch",
     ):
         assert words in text
 
 
-AWKWARD = {  # rows, scores, what is printed
-    "missing file": (None, [], "results.tsv is missing"),
+def test_final_runs_are_hollow(book, cells):
+    an_honest_night(book)
+    axes = cells()[0]["figure"].axes[0]
+    groups = {group.get_label(): group for group in axes.collections}
+    assert len(groups["final runs"].get_offsets()) == 4
+    assert len(groups["final runs"].get_facecolors()) == 0 and len(groups["final runs"].get_edgecolors()) == 1
+    assert [x for x, _ in groups["kept"].get_offsets()] == [1, 2, 3, 4, 5, 6, 10, 11, 12]
+    assert "final runs" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_curves(book, cells):
+    deeper, _ = an_honest_night(book)
+    drawn = cells()[0]["curves"].axes[0].get_lines()
+    assert [line.get_label() for line in drawn] == [f"1. {book.start[:7]}", f"2. {deeper[:7]}"], "the third has none"
+    assert list(drawn[0].get_ydata()[:2]) == [5.0, 4.0] and list(drawn[1].get_ydata()) == [5.0, 3.0, 2.0]
+
+
+def test_a_night_without_curves(book, cells):
+    book.baseline()
+    found, text = cells()
+    assert found["curves"] is None and "no curves: no kept run has recorded its losses" in text
+    assert "Nothing beyond the baseline was kept." in text and "fresh seeds" not in text
+
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+AWKWARD = {  # rows of a ledger without a record, scores, what is printed
+    "missing file": (None, [], "nothing was tried yet"),
+    "no byte": ("", [], "nothing was tried yet"),
     "only crashes": (["aaaaaaa 0 0 crash x"], [], "1 runs: 1 crash"),
     "crashed first": (["aaaaaaa 0 0 crash x", "bbbbbbb 1.5 1 keep y"], [1.5], "baseline 1.500000"),
     "noise unknown": (["aaaaaaa 1.5 1 keep x", "bbbbbbb 1.4 1 keep y"], [1.5, 1.4], "noise floor unknown"),
-    "dollars": (["aaaaaaa 1.5 1 keep costs $5 \\frac $x^"], [1.5], "costs $5"),
-    "not a row": (["aaaaaaa 1.5 1 keep x", "no"], [1.5], "results.tsv:3: not a row, fix or delete it: no\n"),
+    "named otherwise": (["aaaaaaa 1.5 1 keep x", "bbbbbbb 1.4 1 keep baseline"], [1.5, 1.4], "baseline 1.500000"),
+    "dollars": (["aaaaaaa 1.5 1 keep costs_$5_\\frac_$x^"], [1.5], "costs_$5"),
+    "quotes": (['aaaaaaa 1.5 1 keep "wide', "bbbbbbb 1.4 1 keep y"], [1.5, 1.4], '"wide'),
+    "not a row": (["aaaaaaa 1.5 1 keep x", "no"], [1.5], "baseline 1.500000"),
 }
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_awkward_ledgers_are_shown(cells, name):
+def test_ledgers_of_strangers_are_shown(cells, tmp_path, name):
     rows, scores, words = AWKWARD[name]
-    found, text = cells(rows and HEADER + "\n".join(rows))
+    if rows is not None:
+        lines = [row.replace(" ", "\t") + "\n" for row in rows]
+        (tmp_path / "results.tsv").write_text(HEADER + "".join(lines) if rows else "")
+    found, text = cells()
     assert list(found["scored"]["val_bpb"]) == scores and words in text
+    assert list(found["kept"]["val_bpb"]) == scores
     assert math.isnan(found["noise"]) and not any(found["kept"]["verdict"])
     assert found["conclusion"].startswith("Nothing can be said")
 
 
-def test_labels_do_not_collide(cells):
+def test_an_empty_night(book, cells, tmp_path):
+    (tmp_path / "results.tsv").write_text(HEADER + "aaaaaaa\t1.5\t1\tkeep\tof another\n")
+    found, text = cells()
+    assert found["runs"].empty and "nothing was tried yet" in text and "of another" not in text
+
+
+def test_labels_do_not_collide(cells, tmp_path):
     """Of 30 keeps side by side, some with equal scores, in a long night; all of the list is in the picture."""
-    rows = [f"aaaaaaa\t1.0\t1\tkeep\tbaseline, seed {seed}\n" for seed in (1, 2, 3)]
+    rows = ["aaaaaaa\t1.0\t1\tkeep\tbaseline\n"] * 3
     for i in range(1, 31):  # each has two runs, and its number belongs between them
         rows += [f"{i:07}\t{1 - i // 3 * 0.001 + more}\t1\tkeep\t{'a long story ' * 9}\n" for more in (0, 0.0006)]
     rows += [f"{i:07}\t1.0\t1\tdiscard\tx\n" for i in range(31, 200)]
-    figure = cells(HEADER + "".join(rows))[0]["figure"]
+    (tmp_path / "results.tsv").write_text(HEADER + "".join(rows))
+    figure = cells()[0]["figure"]
     renderer = FigureCanvasAgg(figure).get_renderer()
     axes = figure.axes[0].get_window_extent(renderer)
     numbers = [text for text in figure.axes[0].texts if text.get_text().isdigit()]
@@ -124,81 +235,91 @@ def test_labels_do_not_collide(cells):
     assert descriptions.get_text().count("a long story") == 9 * 30, "none is cut"
     box = descriptions.get_window_extent(renderer)
     assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 < axes.y0
-    assert axes.width > 0.9 * figure.bbox.width, "nothing beside it is white"
 
 
-def test_the_audit_finds_what_does_not_agree(cells):
-    bug = "fffffff\t0.800000\t1.0\tkeep\ta bug\n"
-    flagged = {"same_harness": False, "dirty": True, "seed": 7, "scored_rows_read": 64, "untimed_rows": 8, "gpus": 2}
-    changes = {"row2": flagged, "row4": {"val_bpb": 0.991}, "row5": {"commit": "9" * 40}}
-    journal = journal_of(NIGHT + bug, row8={"device": "another"}, **changes)
-    journal += [{**journal[0], "val_bpb": score} for score in (2.0, 2.1, 2.2)]
-    found, text = cells(NIGHT + "eeeeeee\t0.987000\t1.0\tkeep\tonce more\n" + bug, journal)
-    assert found["findings"] == [
-        (1, "aaaaaaa", "read 8 training rows outside of the timed part"),
-        (1, "aaaaaaa", "read scored rows (validation or holdout): 64"),
-        (1, "aaaaaaa", "seed 7, which program.md does not name"),
-        (1, "aaaaaaa", "the harness was not the one that prepared the benchmark"),
-        (1, "aaaaaaa", "uncommitted changes, .py files that git does not know, or no git at all"),
-        (1, "aaaaaaa", "used 2 GPUs"),
-        (3, "bbbbbbb", "the ledger says 0.990000, its run scored 0.991000"),
-        (4, "ccccccc", "no run of this commit in the journal of this machine"),
-        (8, "eeeeeee", "a second row for one and the same run"),
-        (2, "aaaaaaa", "its commit has 3 more runs, which have no row"),
-        (9, "fffffff", "a gain of 19.0% in one step: look for a bug, run it again"),
-    ]
-    assert "device: another, cpu  <- several: their scores do not compare" in text
-    assert "; 4 runs have no row" in text  # these three and bbbbbbb's own
-    assert found["conclusion"].startswith("11 findings")
+def by_hand(book):
+    book.add(book.journal, {"commit": book.start, "val_bpb": 1.0})
+
+
+def unrecorded(book):
+    book.add(book.journal, {"commit": book.start, "val_bpb": 1.0, "run": "run-99"})
+
+
+def off_the_line(book):
+    book.git("reset", "-q", "--hard", book.start)
+    book.idea("beside", 0.97, 0.97, 0.97)
+
+
+def edited(book):
+    (book.folder / "results.tsv").write_text(HEADER)
+
+
+AUDITS = {  # what happens after an honest baseline and a keep, and what the audit says of it
+    "another score": (
+        lambda book: book.idea("x", 0.98, journal={"val_bpb": 0.985}),
+        "val_bpb is 0.98 in the record, 0.",
+    ),
+    "another seed": (lambda book: book.idea("x", 0.98, journal={"seed": 9}), "seed is 1 in the record, 9 in the jou"),
+    "another commit": (lambda book: book.idea("x", 0.98, journal={"commit": "9" * 40}), "commit is "),
+    "another train.py": (lambda book: book.idea("x", 0.98, train="9" * 40), "the train.py in the record is not that"),
+    "missing line": (lambda book: book.idea("x", 0.98, journal=None), "scored, but the journal of this machine has no"),
+    "dirty": (lambda book: book.idea("x", 0.98, journal={"dirty": True}), "uncommitted changes"),
+    "a bug": (lambda book: book.idea("x", 0.8), "a gain of 19.2% in one step"),
+    "by hand": (by_hand, "1 runs by hand of its commits"),
+    "unrecorded": (unrecorded, "1 scored runs of its commits are not in the record"),
+    "off the line": (off_the_line, "does not descend from the keep before it"),
+    "edited": (edited, "results.tsv was edited"),
+}
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_the_audit(book, cells, name):
+    happen, words = AUDITS[name]
+    book.baseline()
+    book.idea("deeper", 0.99, 0.99, 0.99)
+    happen(book)
+    found, text = cells()
+    sentences = {sentence for _, sentence in found["findings"]}
+    assert any(sentence.startswith(words) for sentence in sentences) and words in text
+    assert len(sentences) == 1 + (name == "another commit"), sentences
+    assert found["conclusion"].startswith(f"{len(found['findings'])} findings")
 
 
 @pytest.mark.parametrize(
     ("score", "holdout", "words"),
     [
-        ("0.987000", -0.003, "only part of the gain carries over to other text."),
-        ("0.987000", +0.010, "the gain does not carry over to other text."),
-        ("0.998000", -0.002, "all of it is within the noise; more"),
+        (0.987, -0.012, "the gain is real."),
+        (0.987, -0.003, "only part of the gain carries over to other text."),
+        (0.987, +0.010, "the gain does not carry over to other text."),
+        (0.998, -0.002, "all of it is within the noise; more"),
+        (1.020, -0.002, "no gain."),
     ],
 )
-def test_verdict(cells, score, holdout, words):
-    """The score of the last run against 1.0 at the start, the holdout of the last two against 1.1."""
-    ledger = NIGHT.replace("0.987000", score)
-    changes = {f"row{row}": {"holdout_bpb": 1.1} for row in (1, 2, 3)}
-    changes |= {f"row{row}": {"holdout_bpb": 1.1 + holdout} for row in (7, 8)}
-    conclusion = cells(ledger, journal_of(ledger, **changes))[0]["conclusion"]
-    gains = f"Validation gained {1 - float(score):.6f}, the holdout {-holdout:.6f}"
-    assert conclusion.startswith(f"Ledger and journal agree. {gains}: {words}")
+@pytest.mark.parametrize("roles", ["final", "idea"])
+def test_verdict(book, cells, roles, score, holdout, words):
+    """Against 1.0 at the start, and 1.1 on the holdout; the first run was selected, and does not tell."""
+    book.baseline(journal={"holdout_bpb": 1.1})
+    idea = book.idea("rate", score - 0.003, score, score, journal={"holdout_bpb": 1.1 + holdout})
+    if roles == "final":
+        book.run(book.start, "final", 4, 1.0, journal={"holdout_bpb": 1.1})
+        book.run(idea, "final", 4, score, journal={"holdout_bpb": 1.1 + holdout})
+    found, text = cells()
+    gains = f"Validation gained {1 - score:.6f}, the holdout {-holdout:.6f}"
+    assert f"{gains}: {words}" in found["conclusion"]
+    assert ("within the noise floor; on" in text) == (roles == "final" and score == 0.998)
 
 
 # --------------------------------------
-# What git has: the train.py of best.pt, and the notes of a hub
+# The train.py of best.pt
 
 
 @pytest.fixture
-def git(tmp_path):
-    """Git in a new repository there."""
-
-    def run(*words):
-        command = ["git", "-c", "user.name=Agent", "-c", "user.email=agent@example.org", *words]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
-
-    run("init", "-q")
-    return run
-
-
-@pytest.fixture
-def trained(own, tmp_path, git):
-    """A ledger whose commit has its weights in best.pt; returns the folder of that."""
-    shutil.copy(ROOT / "train.py", tmp_path)
-    git("add", "train.py")
-    git("commit", "-qm", "start")
-    commit = git("rev-parse", "HEAD")
+def trained(own, home, tmp_path):
+    """A night whose baseline has its weights in best.pt; returns the folder of that."""
+    book = Book(tmp_path, home, own.id)
+    book.run(book.start, "baseline", 1, 2.5)
     weights = train.build_model(own, runtime.Setup(CPU, torch.float32, train.banded)).state_dict()
-    torch.save({"commit": commit, "val_bpb": 2.5, "model": weights}, own.path / "best.pt")
-    ledger = f"{HEADER}{commit[:7]}\t2.500000\t1.0\tkeep\tbaseline\n"
-    run = journal_of(ledger)[0] | {"commit": commit, "benchmark": own.id}
-    (own.path / "journal.jsonl").write_text(json.dumps(run) + "\n")
-    (tmp_path / "results.tsv").write_text(ledger)
+    torch.save({"commit": book.start, "val_bpb": 2.5, "model": weights}, own.path / "best.pt")
     return own.path
 
 
@@ -226,45 +347,3 @@ def test_headless(trained, tmp_path, monkeypatch):
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert "1 runs: 1 keep" in printed
     assert printed.count("----- prompt:") == 4 and "----- prompt: 'def main():\\n'" in printed
-
-
-AGENTS = """ada aaaaaaa keep 1.0 cpu
-bob aaaaaaa keep 1.1 cpu
-ada bbbbbbb keep 0.9 cpu
-bob ccccccc discard 0.5 cpu
-bob ddddddd crash 0 cpu
-bob bbbbbbb discard 0.94 cpu
-bob eeeeeee keep 0.91 cpu
-eve fffffff keep 0.1 H100"""
-
-
-def publish(git, results):
-    """The notes of a hub: lines of agent, train.py, status, val_bpb, device; a minute each."""
-    lines = ["looks good to me"]  # no result, so it is left out
-    for row, result in enumerate(results.splitlines(), 1):
-        agent, train_py, status, score, device = result.split()
-        line = {"time": f"2026-11-01T00:{row:02}:00+00:00", "agent": f"test/{agent}", "row": row, "parent": "0000000"}
-        line |= {"benchmark": "local-1", "device": device, "commit": train_py + 5 * "0", "train": train_py}
-        line |= {"val_bpb": float(score) or None, "memory_gb": 1.0, "status": status, "description": "a = b"}
-        lines.append(json.dumps(line))
-    git("commit", "-q", "--allow-empty", "-m", "start")
-    git("notes", "--ref=results", "add", "-m", "\n\n".join(lines))
-
-
-def test_several_agents(cells, tmp_path, git):
-    publish(git, AGENTS)
-    found, text = cells(NIGHT)
-    shared = found["best_so_far"](found["comparable"])
-    assert list(shared["best"]) == pytest.approx([1.05, 0.92, 0.91])  # 0.92: after a second opinion
-    assert list(shared["runs"]) == [2, 2, 1]
-    bob = found["comparable"][found["comparable"]["agent"] == "test/bob"]
-    assert list(found["best_so_far"](bob)["best"]) == pytest.approx([1.1, 0.91])
-    assert "left out, because scores do not compare: 1 runs of local-1 on H100" in text
-    assert "7 runs of 2 agents, local-1 on cpu; the frontier:" in text and "0.910000 1     eeeeeee test/bob" in text
-    assert (tmp_path / "agents.png").stat().st_size > 1000
-
-
-def test_agents_that_only_crashed(cells, git):
-    publish(git, "ada aaaaaaa crash 0 cpu")
-    found, _ = cells(NIGHT)
-    assert len(found["hub"]) == 1 and found["best_so_far"](found["hub"]).empty

@@ -237,7 +237,7 @@ def test_journal_and_best(own, capsys):
         if spread == 0.1:
             path.write_text(path.read_text() + '{"val_bpb": 1.0, "see')
     runs = read_journal(own.path)
-    assert "skipped, the line is incomplete" in capsys.readouterr().out
+    assert "skipped, the line is incomplete" in capsys.readouterr().err
     assert [run["val_bpb"] for run in runs] == scores and scores[1] == min(scores)
     run = runs[-1]
     assert run["steps"] == 3 and run["tokens"] == 3 * 4 * 64 and run["untimed_rows"] == 4

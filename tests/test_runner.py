@@ -1,0 +1,483 @@
+"""
+How runs end: `ledger.py run` in a real repository, with processes that crash, hang, are killed, wait for each other or
+die between two writes. Where no harness is needed the trainings are scripts without it, and write its line themselves.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, Agent, new_repository, wait_for
+from filelock import FileLock
+
+# It goes on as soon as there is no file `hold`; line.json has what the harness would have seen
+TRAIN = """
+import json, os, time
+from pathlib import Path
+
+HOME = Path(os.environ["AUTORESEARCH_HOME"])
+while (HOME / "hold").exists():
+    time.sleep(0.05)
+line = json.loads((HOME / "line.json").read_text()) | {"run": os.environ["AUTORESEARCH_RUN"]}
+line |= {"commit": os.environ["AUTORESEARCH_COMMIT"], "seed": int(os.environ["AUTORESEARCH_SEED"])}
+with open(HOME / os.environ["AUTORESEARCH_BENCHMARK"] / "journal.jsonl", "a") as journal:
+    journal.write(json.dumps(line) + "\\n")
+"""
+CHILD = """
+import os, subprocess
+from pathlib import Path
+
+child = subprocess.Popen(["sleep", "600"])
+Path(os.environ["AUTORESEARCH_HOME"], "child").write_text(str(child.pid))
+"""
+CLOCK = """
+import time
+import torch
+import prepare
+
+def stuck():
+    while True:
+        time.sleep(1)
+
+prepare.SETUP_SECONDS, prepare.HANG_SECONDS = SECONDS
+benchmark = prepare.load_benchmark()
+clock = prepare.TrainingClock(benchmark, "cpu")
+"""
+SCORE = """
+class Uniform(torch.nn.Module):
+    def forward(self, inputs):
+        return torch.zeros(*inputs.shape, benchmark.vocab_size)
+
+clock.start()
+clock.tick(3.0)
+clock.stop()
+prepare.evaluate_bpb(Uniform(), benchmark, 8, clock)
+"""
+LINE = {"time": "2026-11-28T01:00:00+00:00", "dirty": False, "val_bpb": 1.0, "steps": 100, "tokens": 6400}
+LINE |= {"training_seconds": 3.0, "peak_memory_mb": 2048.0, "slow_steps_percent": 0.0}
+
+
+class Clone(Agent):
+    """A repository on the branch of a night, whose trainings write line.json into the journal."""
+
+    def __init__(self, folder, environment, home):
+        super().__init__(folder, environment, {})
+        self.home = home
+        self.place = folder / ".git" / "autoresearch" / "test"
+        self.record = self.place / "record.jsonl"
+
+    def scores_next(self, **changes):
+        device = json.loads(self.record.read_text().split("\n")[0])["device"]
+        (self.home / "line.json").write_text(json.dumps(LINE | {"device": device} | changes))
+
+    def idea(self, *parts):
+        (self.folder / "train.py").write_text("\n".join(parts))
+        self.git("commit", "-qm", "an idea", "--", "train.py")
+        return self.head()
+
+    def start(self, *words):
+        options = dict(cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  it is ignored in background jobs
+        return subprocess.Popen([sys.executable, "ledger.py", *words], preexec_fn=restore, **options)
+
+    def ledger(self, *words, code=0):
+        process = self.start(*words)
+        output = "".join(process.communicate())
+        assert process.returncode == code and "Traceback" not in output, output
+        return output
+
+    def hold(self):
+        """Start a run whose training holds on: (process, pid of the keeper, pid of the training)."""
+        (self.home / "hold").touch()
+        process = self.start("run")
+        training = wait_for(lambda: self.state().get("pid"))
+        return process, int(ps("ppid", training)), training
+
+    def release(self):
+        (self.home / "hold").unlink()
+
+    def state(self):
+        path = self.place / "run.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def cut_record(self, lines):
+        """The record with so many lines after the first four: start, and three runs of the baseline."""
+        self.record.write_text("".join(self.record.read_text().splitlines(keepends=True)[: 4 + lines]))
+
+    def recorded(self):
+        """The lines after the first four, without times."""
+        lines = [json.loads(text) for text in self.record.read_text().splitlines()[4:]]
+        return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+    def runs(self):
+        return [line for line in self.recorded() if line["kind"] == "run"]
+
+    def states(self):
+        """State and seed of each run, as they stand."""
+        return [(line["state"], line["seed"]) for line in {line["run"]: line for line in self.runs()}.values()]
+
+    def reasons(self):
+        return [(line["state"], line["reason"]) for line in self.runs()]
+
+    def assert_one_score(self):
+        journal = next(self.home.glob("*/journal.jsonl")).read_text()
+        assert self.states() == [("scored", 1)] and len(self.runs()) == journal.count("\n") == 1
+
+
+def ps(name, pid):
+    return subprocess.run(["ps", "-o", f"{name}=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+
+
+def is_alive(pid):
+    return ps("stat", pid)[:1] not in ("", "Z")
+
+
+@pytest.fixture(scope="session")
+def night_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("night") / "clone"
+
+
+@pytest.fixture
+def clone(night_folder, tmp_path, own, environment):
+    """A copy of a night that has started and whose baseline has run, with a home of its own."""
+    home = own.path.parent
+    environment |= {"AUTORESEARCH_HOME": str(home), "CXX": sys.executable}  # some program: nothing is compiled
+    if not night_folder.exists():
+        first = Clone(new_repository(night_folder, environment), environment, home)
+        first.idea(TRAIN)
+        first.ledger("start", "test", "--until", "never")
+        first.scores_next()
+        for _ in range(3):
+            assert "scored 1.000000" in first.ledger("run")
+        (own.path / "journal.jsonl").unlink()
+    clone = Clone(shutil.copytree(night_folder, tmp_path / "clone"), environment, home)
+    clone.scores_next()
+    yield clone
+    (home / "hold").unlink(missing_ok=True)
+    wait_for(lambda: json.loads(clone.ledger("--json"))["going_on"] is None)
+
+
+@pytest.fixture
+def held(clone):
+    """An idea whose training holds on: (clone, process, keeper, training)."""
+    clone.idea(CHILD, TRAIN)
+    return clone, *clone.hold()
+
+
+# --------------------------------------
+# How it ends
+
+COMPILER = """
+class InductorError(RuntimeError):
+    __module__ = "torch._inductor.exc"
+
+class BackendCompilerFailed(RuntimeError):
+    __module__ = "torch._dynamo.exc"
+
+try:
+    raise InductorError("CppCompileError: C++ compile error\\n\\nOutput:\\nmain.cpp:1: error: no such type\\n")
+except InductorError as error:
+    advice = "\\n\\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace"
+    raise BackendCompilerFailed("backend='inductor' raised: InductorError" + advice) from error
+"""
+HANG = [CLOCK.replace("SECONDS\n", "(1, -2.5)\n"), "clock.start()", "stuck()"]
+SETUP = [CLOCK.replace("SECONDS\n", "(1, 60)\n"), "stuck()"]
+CRASHES = {
+    "exception": (["raise ValueError('no')"], "ValueError: no"),
+    "chain": (["try:\n    1 / 0\nfinally:\n    {}['no']"], "KeyError: 'no'"),
+    "words": (["raise SystemExit('no\\nnot at all')"], "exit code 1: not at all"),
+    "syntax": (["x = (1"], "exit code 1: SyntaxError: '(' was never closed"),
+    "code": (["print('that', flush=True)", "import os", "os._exit(3)"], "exit code 3: that"),
+    "no score": (["print('done')"], "exit code 0: done"),
+    "signal": (["import os", "os.kill(os.getpid(), 11)"], "ended by SIGSEGV"),
+    "compiler": ([COMPILER], "torch._inductor.exc.InductorError: CppCompileError: C++ compile error"),
+    "hung in training": (HANG, "hung in stuck, train.py:8"),
+    "hung in compiling": (SETUP, "hung in stuck, train.py:8"),
+}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_crash(name, clone):
+    parts, reason = CRASHES[name]
+    commit = clone.idea(*parts)
+    assert f"decision: discard {commit}, crashed: {reason}" in clone.ledger("run")
+    assert clone.states() == [("crash", 1)] and clone.reasons() == [("crash", reason)]
+    assert clone.rows()[4:] == [[commit, "0.000000", "0.0", "crash", "an idea, seed 1"]]
+
+
+def test_the_keeper_ends_a_training_without_a_watchdog(clone):
+    clone.edit(("^KEEPER_SECONDS = .*", "KEEPER_SECONDS = -2"), file="night/runner.py")
+    clone.idea("import time", "time.sleep(600)")
+    clone.ledger("run")
+    assert clone.reasons() == [("crash", "not over after 1 s")]
+
+
+def test_out_of_memory_once_and_twice(clone):
+    clone.idea("import os", "os.kill(os.getpid(), 9)")
+    assert "next: uv run ledger.py run" in clone.ledger("run")
+    assert clone.states() == [("interrupted", 1)] and len(clone.rows()) == 4
+    assert "crashed: 2 times killed: did memory run out?" in clone.ledger("run")
+    assert clone.states() == [("interrupted", 1), ("crash", 1)]
+
+
+DISTURBED = {
+    "slow": ([dict(slow_steps_percent=30)] * 3, [("disturbed", 1), ("disturbed", 1), ("crash", 1)]),
+    "half": ([dict(steps=100), dict(steps=40), {}], [("scored", 1), ("disturbed", 2), ("scored", 2)]),
+    "earlier": ([dict(steps=40), dict(steps=100), {}], [("disturbed", 1), ("scored", 2), ("scored", 1)]),
+    "elsewhere": ([dict(device="another"), {}], [("elsewhere", 1), ("scored", 1)]),
+}
+
+
+@pytest.mark.parametrize("name", DISTURBED)
+def test_disturbed(name, clone):
+    changes, states = DISTURBED[name]
+    clone.idea("# better", TRAIN)
+    for values in changes:
+        clone.scores_next(val_bpb=0.9, **values)
+        clone.ledger("run")
+    assert clone.states() == states
+
+
+# --------------------------------------
+# Who is killed, and who waits
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_killed_costs_nothing(number, held):
+    clone, process, _, _ = held
+    process.send_signal(number)
+    process.communicate()
+    assert "why:  a run is going on" in clone.ledger()
+    second = clone.start("run")
+    assert "goes on: waiting for it" in second.stdout.readline()
+    clone.release()
+    assert "scored 1.000000" in second.communicate()[0]
+    clone.assert_one_score()
+
+
+def test_keeper_killed(held):
+    clone, process, keeper, _ = held
+    os.kill(keeper, signal.SIGKILL)
+    wait_for(lambda: not is_alive(keeper))
+    assert process.poll() is None
+    clone.release()
+    assert "scored 1.000000" in process.communicate()[0]
+    clone.assert_one_score()
+    os.kill(int((clone.home / "child").read_text()), signal.SIGKILL)  # which only the keeper would have ended
+
+
+def kill_all(clone):
+    """Kill keeper and training: what `run` says then."""
+    process, *others = clone.hold()
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda pid=pid: not is_alive(pid))
+    clone.release()
+    return process.communicate()[0]
+
+
+def test_all_killed(clone):
+    clone.idea("# no better", TRAIN)
+    outputs = [kill_all(clone) for _ in range(3)]
+    assert clone.states() == [("interrupted", 1), ("interrupted", 1), ("crash", 1)]
+    assert "crashed: 3 times ended from outside, with its keeper, after " in outputs[-1]
+
+
+def test_all_of_the_baseline_killed(clone):
+    clone.cut_record(-3)
+    for _ in range(2):
+        assert "next: uv run ledger.py run" in kill_all(clone)
+        clone.ledger("open")
+    assert "next: # tell the human: the untouched train.py does not get through a run: 3 times" in kill_all(clone)
+    clone.ledger("open", code=1)
+    assert "next: uv run ledger.py run" in clone.ledger("until", "never")
+    clone.ledger("open")
+
+
+def test_ctrl_c_ends_a_run(held):
+    clone, process, keeper, training = held
+    child = int(wait_for(lambda: (clone.home / "child").exists() and (clone.home / "child").read_text()))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == 130
+    assert not any(is_alive(pid) for pid in (keeper, training, child))
+    assert clone.reasons() == [("interrupted", "ended with Ctrl-C")]
+
+
+def test_ctrl_c_in_a_run_that_only_waits(held):
+    clone, process, _, training = held
+    second = clone.start("run")
+    second.stdout.readline()
+    second.send_signal(signal.SIGINT)
+    assert second.communicate() == ("", "") and second.returncode == 130
+    assert is_alive(training)
+    clone.release()
+    assert "scored 1.000000" in process.communicate()[0]
+
+
+def test_two_runs_at_once_and_what_they_leave(clone):
+    clone.idea(CHILD, TRAIN)
+    (clone.home / "hold").touch()
+    processes = [clone.start("run") for _ in range(2)]
+    wait_for(lambda: clone.state().get("pid"))
+    clone.release()
+    assert all("idea: scored 1.000000" in process.communicate()[0] for process in processes)
+    clone.assert_one_score()
+    assert not is_alive(int((clone.home / "child").read_text()))
+
+
+HOLDER = """
+import torch
+from harness.machine import DeviceLock
+lock = DeviceLock(torch.device("cpu"))
+input(lock.lock.lock_file + chr(10))
+"""
+
+
+def test_device_taken(clone):
+    clone.idea(CLOCK.replace("SECONDS\n", "(600, 600)\n"), SCORE)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-uc", HOLDER], cwd=ROOT, env=clone.environment, **pipes) as holder:
+        lock = holder.stdout.readline().strip()
+        process = clone.start("run")
+        said = process.stdout.readline()
+        assert said.startswith(f"waiting for the device: another training is running on cpu (pid {holder.pid})")
+        assert said.endswith(f"; lock {lock}\n")
+    output = process.communicate()[0]
+    assert "idea: scored" in output and "waiting" not in output
+    clone.assert_one_score()
+
+
+def test_ctrl_c_while_it_waits_for_the_device(clone):
+    lock = clone.home / "device"
+    count = f"print(1, file=open({str(clone.home / 'started')!r}, 'a'))"
+    clone.idea(count, f"print('another training is running; lock {lock}')", "raise SystemExit(75)")
+    with FileLock(lock):
+        process = clone.start("run")
+        assert process.stdout.readline().startswith("waiting for the device: ")
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == ("", "") and process.returncode == 130
+    assert clone.reasons() == [("interrupted", "ended with Ctrl-C")]
+    assert (clone.home / "started").read_text() == "1\n"
+
+
+# --------------------------------------
+# A death between two writes
+
+
+@pytest.fixture
+def finished(held):
+    """A run whose end is written, and which nobody has settled yet."""
+    clone, process, keeper, _ = held
+    process.kill()
+    process.communicate()
+    clone.release()
+    wait_for(lambda: not is_alive(keeper))
+    assert clone.state()["exit"] == 0 and clone.runs() == []
+    return clone
+
+
+# How many lines were written, of run and decision, and which of the keeper's values are in run.json, if it is there
+DEATHS = {
+    "the end": (0, ["pid"]),
+    "the run line": (0, ["pid", "exit"]),
+    "the decision": (1, ["pid", "exit"]),
+    "run.json goes": (2, ["pid", "exit"]),
+    "the view": (2, None),
+}
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_death_before(name, finished):
+    lines, values = DEATHS[name]
+    view, run = (finished.folder / "results.tsv").read_bytes(), finished.state()
+    finished.ledger()
+    expected = [finished.recorded(), finished.rows(), {}]
+    assert [line["kind"] for line in finished.recorded()] == ["run", "decision"]
+
+    # all as it was at that moment
+    finished.cut_record(lines)
+    (finished.folder / "results.tsv").write_bytes(view)
+    if values is not None:
+        write_run(finished, {key: value for key, value in run.items() if key not in ("pid", "exit") or key in values})
+    if "exit" not in (values or ["exit"]):
+        expected[0][0]["exit"] = None  # nobody saw it
+    for _ in range(2):
+        finished.ledger()
+        assert [finished.recorded(), finished.rows(), finished.state()] == expected
+
+
+def write_run(clone, state):
+    (clone.place / "run.json").write_text(json.dumps(state))
+
+
+def test_death_before_the_keeper_starts(finished):
+    names = ("commit", "seed", "role", "time", "host", "folder", "log")
+    write_run(finished, {"run": "new"} | {name: finished.state()[name] for name in names})
+    for _ in range(2):
+        finished.ledger()
+        assert finished.states() == [("interrupted", 1)] and len(finished.runs()) == 1
+    finished.ledger("run")
+    assert finished.states() == [("interrupted", 1), ("scored", 1)]
+
+
+def test_a_score_beats_an_interruption(finished):
+    finished.ledger()
+    scored, decision = finished.recorded()
+    finished.cut_record(0)
+    with open(finished.record, "a") as record:
+        record.write(json.dumps(scored | {"state": "interrupted", "val_bpb": None, "time": LINE["time"]}) + "\n")
+    for _ in range(2):
+        finished.ledger()
+        assert [line["state"] for line in finished.runs()] == ["interrupted", "scored"]
+        assert finished.recorded()[2:] == [decision]
+
+
+def test_a_run_of_another_place_is_dropped(held, tmp_path):
+    clone = held[0]
+    copy = Clone(shutil.copytree(clone.folder, tmp_path / "copy"), clone.environment, clone.home)
+    for changes in ({}, {"folder": str(copy.place), "host": "another"}):
+        write_run(copy, clone.state() | changes)
+        assert "next: uv run ledger.py run" in copy.ledger()
+        assert copy.state() == {} and copy.recorded() == []
+    assert "why:  a run is going on" in clone.ledger()
+
+
+# --------------------------------------
+# What is trained
+
+LOOK = """
+from pathlib import Path
+assert not Path("stray.py").exists() and "edited" not in Path("prepare.py").read_text()
+Path("stray.py").touch()
+"""
+
+
+def test_the_files_are_those_of_the_commit(clone):
+    clone.idea(LOOK, TRAIN)
+    (clone.folder / "stray.py").touch()
+    clone.edit(("^import json", "import edited"), file="prepare.py")
+    clone.scores_next(val_bpb=0.9)
+    for _ in range(2):
+        clone.ledger("run")
+    assert clone.states() == [("scored", 1), ("scored", 2)]
+
+
+def test_uncommitted_changes_are_refused(clone):
+    clone.idea("# no better", TRAIN)
+    (clone.folder / "train.py").write_text("")
+    output = clone.ledger("run", code=1)
+    assert "git checkout HEAD -- train.py" in output and "commit them, or drop them" in output
+    assert clone.runs() == []
+
+
+def test_a_commit_that_changes_other_files_is_refused(clone):
+    keep = clone.head()
+    clone.edit(("^TENTHS = .*", "TENTHS = 5"), file="prepare.py")
+    clone.git("commit", "-qam", "another harness")
+    output = clone.ledger("run")
+    assert "HEAD changes prepare.py: only train.py may differ" in output
+    assert f"next: git reset -q --keep {keep}" in output and clone.runs() == []
