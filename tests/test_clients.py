@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, Agent, new_repository, replace, wait_for, weaken
@@ -48,13 +49,13 @@ class Client(Agent):
     def __init__(self, name, folder, home, environment):
         super().__init__(folder, environment, {})
         self.name, self.home = name, home
+        self.benchmarks = Path(environment["AUTORESEARCH_HOME"])
         kept = ("PATH", "AUTORESEARCH_HOME", "GIT_CONFIG_GLOBAL", "TORCHDYNAMO_DISABLE")
         self.own = {key: environment[key] for key in kept} | dict.fromkeys(QUIET, "1")
         self.own |= {"HOME": str(home), "TMPDIR": str(home.parent / "tmp"), "TERM": "dumb"}
         self.own |= {"KEY": "none", "ANTHROPIC_API_KEY": "none"}
-        for path in (home.parent / "tmp", home / ".codex", home / ".cache"):
+        for path in (home.parent / "tmp", home / ".codex"):
             path.mkdir(parents=True)
-        (home / ".cache" / "autoresearch").symlink_to(environment["AUTORESEARCH_HOME"])
         trust = {"projects": {str(folder): {"hasTrustDialogAccepted": True}}, "hasCompletedOnboarding": True}
         (home / ".claude.json").write_text(json.dumps(trust))
 
@@ -103,8 +104,10 @@ class Client(Agent):
 def client(request, prepared, tmp_path, environment):
     sync = '[ "$1" = sync ] && exec mkdir -p "$UV_PROJECT_ENVIRONMENT"'
     replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", rf"\g<0>{sync}\n"))
-    (prepare.HOME / "current").write_text(prepared)
-    (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
+    benchmarks = tmp_path / "home" / ".cache" / "autoresearch"
+    shutil.copytree(prepare.HOME / prepared, benchmarks / prepared, ignore=shutil.ignore_patterns("journal*", "best*"))
+    (benchmarks / "current").write_text(prepared)
+    environment["AUTORESEARCH_HOME"] = str(benchmarks)
     client = Client(request.param, new_repository(tmp_path / "clone", environment), tmp_path / "home", environment)
     for name in (".claude", ".codex", "tests"):
         shutil.copytree(ROOT / name, client.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -168,7 +171,10 @@ def test_the_night_goes_on(client):
     """
     source = (client.folder / "train.py").read_text()
     rates = re.search(r"^MATRIX_LR = .*\n(^\w+_LR = .*\n)*", source, re.M)[0]  # which weaken() has made too low
-    edits = [("rates up", rates, rates.replace("1e-6 * ", "")), ("no change", "ADAM_EPS = ", "ADAM_EPS = 1 * ")]
+    edits = [
+        ("rates up", rates, rates.replace("1e-6 * ", "")),
+        ("no change", "ADAM_EPS = 1e-10", "ADAM_EPS = 1 * 1e-10"),
+    ]
     log = client.folder / "run.log"
     assert client.run("ledger.py", "start", "test", "--until", "7").returncode == 0
     sessions = 0
@@ -189,7 +195,7 @@ def test_the_night_goes_on(client):
 
     # every run has its row, none was run twice, and all ended on fresh seeds
     rows = client.rows()[1:]
-    journal = read_journal(prepare.HOME / (prepare.HOME / "current").read_text())
+    journal = read_journal(client.benchmarks / (client.benchmarks / "current").read_text())
     assert len(rows) == len(journal) == len({(run["commit"], run["seed"]) for run in journal})
     assert {run["run"] for run in journal} == {run["run"] for run in client.night()["runs"] if run["val_bpb"]}
     assert [row[4].rpartition(", seed ")[2] for row in rows][-4:] == ["4", "4", "5", "5"]
@@ -241,6 +247,8 @@ FORBIDDEN = [
     "uv run prepare.py --time-budget 900",
     "echo 'exit 0' > .git/hooks/pre-commit",
     "uv run ledger.py until now",
+    "echo '{}' >> .git/autoresearch/test/record.jsonl",
+    "for id in $HOME/.cache/autoresearch/local*; do echo '{}' >> $id/journal.jsonl; done",
 ]
 
 
@@ -250,7 +258,7 @@ def test_forbidden_calls(client):
     for words in (["commit", "-qam", "old"], ["tag", "old"], ["revert", "--no-edit", "HEAD"]):
         client.git(*words)
     client.run("ledger.py", "start", "test", "--until", "7")
-    before, current = client.git("rev-parse", "HEAD"), (prepare.HOME / "current").read_text()
+    before, current = client.git("rev-parse", "HEAD"), (client.benchmarks / "current").read_text()
     steps = lines("uv run ledger.py", *FORBIDDEN)
     steps.append({"name": "read", "read": str(client.folder / "prepare.py")})
     steps.append({"name": "tool", "edit": [client.path("prepare.py"), "SEED = 42", "SEED = 43"]})
@@ -262,5 +270,7 @@ def test_forbidden_calls(client):
     assert client.git("rev-parse", "HEAD") == before
     assert client.git("diff", "--name-only", "HEAD") == client.git("remote") == ""
     assert not (client.folder / ".git/hooks/pre-commit").exists()
+    assert len((client.folder / ".git/autoresearch/test/record.jsonl").read_text().splitlines()) == 1
     assert client.rows() == [["commit", "val_bpb", "memory_gb", "status", "description"]]
-    assert (prepare.HOME / "current").read_text() == current and len(list(prepare.HOME.glob("*/benchmark.json"))) == 1
+    assert (client.benchmarks / "current").read_text() == current
+    assert not list(client.benchmarks.glob("*/journal.jsonl")) and len(list(client.benchmarks.glob("*/*.json"))) == 1
