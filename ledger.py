@@ -173,7 +173,10 @@ def print_json():
 
 
 def none_if_nan(value):
-    return None if math.isnan(value) else value
+    """JSON has no NaN."""
+    if math.isnan(value):
+        return None
+    return value
 
 
 # --------------------------------------
@@ -187,6 +190,8 @@ def run():
     """
     night, place, _, _ = load()
     step = next_step(night)
+
+    # what has run already is said again: the client may have lost the answer
     if step.kind == "run":
         budget = load_budget(night)
         keeper = start_run(step.training, budget)
@@ -252,6 +257,8 @@ def print_run(night, journal):
         return
     last = list(night.runs.values())[-1]
     print(f"run:  {short(last.commit)} {run_in_words(last, night)}")
+
+    # beside the curve of the last keep, or of an earlier run of it
     keeps = [other for other in night.attempt(night.last_keep).counted() if other.run != last.run]
     if last.losses:
         words = f"loss by tenths: {as_curve(last.losses)}"
@@ -286,6 +293,8 @@ def decide(decision):
         raise SystemExit(f"{short(night.head)} has no run that counts; next: {RUN}")
     if night.last_keep not in night.line and decision == "keep":
         raise SystemExit(f"not kept: {next_step(night).reason}; next: {next_step(night).command}")
+
+    # a decision of hand, which the rule never overrules
     gains = gains_of(night.head, night)
     values = {"commit": night.head, "decision": decision, "by": "hand", "reason": "by hand"}
     if decision == "keep":
@@ -317,12 +326,14 @@ def decide_keep(night, attempt, gains):
 def start(tag, until):
     """Check everything, then make the branch, the first commit and the record."""
     until = parse_until(until, "--until ")
-    problems, device = checks.find_problems(common.ROOT, tag)
+    problems, device = checks.find_problems(tag)
     if problems:
         raise SystemExit("\n".join(f"- {problem}" for problem in problems))
     benchmark = (find_home() / "current").read_text().strip()
     words = {"kind": "start", "time": now(), "tag": tag, "until": until, "benchmark": benchmark, "device": device}
-    checks.first_commit(common.ROOT, tag, json.dumps(words))
+    checks.first_commit(tag, json.dumps(words))
+
+    # another night's ledger, or a stranger's
     ledger = common.ROOT / "results.tsv"
     if ledger.exists():
         aside = move_aside(ledger, f"results-before-{tag.replace('/', '-')}")

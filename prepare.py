@@ -147,11 +147,8 @@ def load_benchmark():
     Raises SystemExit, with a line that says how to fix it, if there is none or if a file is missing or modified. Of the
     training rows only the size is checked; `uv run prepare.py` with the same arguments checks, and fixes, every byte.
     """
-    name = os.environ.get("AUTORESEARCH_BENCHMARK")
-    if name and not (HOME / Path(name).name / "benchmark.json").exists():
-        raise SystemExit(f"AUTORESEARCH_BENCHMARK={name}: no such benchmark in {HOME}; prepare it as it was made")
     try:
-        name = name or (HOME / "current").read_text().strip()
+        name = os.environ.get("AUTORESEARCH_BENCHMARK") or (HOME / "current").read_text().strip()
         return open_benchmark(HOME / Path(name).name)
     except FileNotFoundError:
         raise SystemExit('no benchmark prepared: run "uv run prepare.py" first') from None
@@ -394,7 +391,7 @@ class TrainingClock:
         self.origin = journal.find_origin()
 
     def watch(self, seconds):
-        """A run that hangs ends itself after so long, with the traceback of where it hung and exit code 1."""
+        # a run that hangs ends itself after so long, with the traceback of where it hung and exit code 1
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
     def start(self):
@@ -415,17 +412,14 @@ class TrainingClock:
         self.rows = rows_served["train"] - self.rows_before
 
     def tick(self, loss=None):
-        """
-        Called once a step. `loss`, a float that is at hand anyway, may be that of an earlier step. The journal has the
-        number of steps, the share of slow ones, and the mean loss of each tenth of the run.
-        """
+        """Called once a step, with a loss that is at hand as a float: it may be that of an earlier step."""
         self.ticks.append((self.elapsed, rows_served["train"]))
         if loss is not None:
             self.losses[min(int(self.progress * TENTHS), TENTHS - 1)].append(float(loss))
 
     @property
     def mean_losses(self):
-        """The mean loss of each tenth of the run, None where no step ended in it; [] if train.py gives no losses."""
+        """The mean loss of each tenth of the run, None where no step ended in it; [] without any losses."""
         if not any(self.losses):
             return []
         return [round(sum(tenth) / len(tenth), 4) if tenth else None for tenth in self.losses]

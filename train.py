@@ -615,8 +615,7 @@ def main():
     optimizers = build_optimizers(model)
     loader = make_dataloader(benchmark, "train", rows, device)  # of (inputs, targets, epoch)
     status = Progress(max(10, benchmark.time_budget / 50))
-    step, loss, tokens = 0, None, Counter()  # tokens by the length of their rows
-    loss_before = None  # as a float
+    step, loss, loss_before, tokens = 0, None, None, Counter()  # tokens by the length of their rows
 
     clock.start()
     while clock.elapsed * (1 + 1 / max(1, step)) < benchmark.time_budget:  # one more step fits

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from harness import common
 from harness.common import COMPILER, find_home, first_line, git
 from night.record import find_place
 
@@ -17,25 +18,25 @@ LOCK_SECONDS = 5  # for another process that looks at the same moment
 
 # torch is asked in a process of its own: nothing heavy is imported here
 ASK_DEVICE = """
-import json, torch
-from harness.machine import device_name, why_no_gpu
-kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-print(json.dumps({"device": device_name(torch.device(kind)), "hidden": None if kind == "cuda" else why_no_gpu()}))
+import json
+from harness import machine, runtime
+device = runtime.choose_device()
+print(json.dumps([machine.device_name(device), device.type, machine.why_no_gpu()]))
 """
 
 
-def find_problems(folder, tag):
+def find_problems(tag):
     """All that is wrong, and the name of the device: ([sentence], text). The night can start if there is nothing."""
-    device, hidden = find_device(folder)
-    return [*git_problems(folder, tag), *home_problems(), *hidden, *compiler_problems(folder)], device
+    device, hidden = find_device()
+    return [*git_problems(tag), *home_problems(), *hidden, *compiler_problems()], device
 
 
 # --------------------------------------
 # git
 
 
-def git_problems(folder, tag):
-    worked, top, complaint = git("rev-parse", "--show-toplevel", folder=folder)
+def git_problems(tag):
+    worked, top, complaint = git("rev-parse", "--show-toplevel")
     if "not installed" in complaint:
         return ["git is missing: install it"]
 
@@ -43,54 +44,53 @@ def git_problems(folder, tag):
     if os.environ.get("GIT_DIR") or os.environ.get("GIT_WORK_TREE"):
         return ["GIT_DIR or GIT_WORK_TREE is set, so git looks elsewhere: unset GIT_DIR GIT_WORK_TREE"]
     if "dubious ownership" in complaint:
-        return [f"git: another user owns this folder: git config --global --add safe.directory '{folder}'"]
+        return [f"git: another user owns this folder: git config --global --add safe.directory '{common.ROOT}'"]
     if not worked:
         return ["this is not a git repository: git clone it, or git init && git add -A && git commit -m start"]
-    if Path(top).resolve() != Path(folder).resolve():
+    if Path(top).resolve() != common.ROOT.resolve():
         return [
             f"this folder lies inside another repository, {top}, and resets would change that: move it out of there"
         ]
-    if not git("rev-parse", "--verify", "-q", "HEAD", folder=folder).worked:
-        return [*identity_problems(folder), "nothing is committed here yet: git add -A && git commit -m start"]
-    return [*branch_problems(folder, tag), *identity_problems(folder), *state_problems(folder)]
+    if not git("rev-parse", "--verify", "-q", "HEAD").worked:
+        return [*identity_problems(), "nothing is committed here yet: git add -A && git commit -m start"]
+    return [*branch_problems(tag), *identity_problems(), *state_problems()]
 
 
-def branch_problems(folder, tag):
+def branch_problems(tag):
     found = []
     is_name = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", tag)  # of a night on a hub: tag/agent
-    if not is_name or not git("check-ref-format", "--branch", f"autoresearch/{tag}", folder=folder).worked:
+    if not is_name or not git("check-ref-format", "--branch", f"autoresearch/{tag}").worked:
         found.append(f"'{tag}' can't name a branch: use letters, digits, - and _")
-    elif git("rev-parse", "--verify", "-q", f"refs/heads/autoresearch/{tag}", folder=folder).worked:
+    elif git("rev-parse", "--verify", "-q", f"refs/heads/autoresearch/{tag}").worked:
         found.append(f"this night exists: take another tag, or go on: git checkout autoresearch/{tag}")
-
-    elif (find_place(tag, folder) / "record.jsonl").exists():
+    elif (find_place(tag) / "record.jsonl").exists():
         found.append(f"the night {tag} was here, and its branch is gone: take another tag")
 
     # git keeps branches as files: one of this name leaves no room for a folder
     for parent in sorted({"autoresearch", f"autoresearch/{tag}".rpartition("/")[0]}):
-        if git("rev-parse", "--verify", "-q", f"refs/heads/{parent}", folder=folder).worked:
+        if git("rev-parse", "--verify", "-q", f"refs/heads/{parent}").worked:
             found.append(f"a branch `{parent}` is in the way: git branch -m {parent} old-{parent.replace('/', '-')}")
     return found
 
 
-def identity_problems(folder):
+def identity_problems():
     for name in ("AUTHOR", "COMMITTER"):
-        if not git("var", f"GIT_{name}_IDENT", folder=folder).worked:
+        if not git("var", f"GIT_{name}_IDENT").worked:
             return ["git does not know who you are: git config user.name me && git config user.email me@localhost"]
     return []
 
 
-def state_problems(folder):
+def state_problems():
     found = []
-    lock = git("rev-parse", "--git-path", "index.lock", folder=folder).output
-    if Path(folder, lock).exists():
+    lock = git("rev-parse", "--git-path", "index.lock").output
+    if Path(common.ROOT, lock).exists():
         found.append(f"another git runs here, or one was killed: rm '{lock}'")
 
     # runs are made of commits, so none would have these
-    changes = git("status", "--porcelain", "--untracked-files=no", folder=folder).output.splitlines()
+    changes = git("status", "--porcelain", "--untracked-files=no").output.splitlines()
     if changes:
         found.append(f"uncommitted changes, such as {changes[0][2:].strip()}: git stash, or commit them")
-    if git("ls-files", "--", "results.tsv", folder=folder).output:
+    if git("ls-files", "--", "results.tsv").output:
         found.append("git tracks results.tsv: git rm --cached results.tsv, and commit that")
     return found
 
@@ -117,21 +117,24 @@ def home_problems():
     return found
 
 
-def find_device(folder):
+def find_device():
     """The device that a training would take, and why it is not the GPU of this machine: (name, [sentence])."""
     command = [sys.executable, "-c", ASK_DEVICE]
-    asked = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    asked = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, errors="replace")
     if asked.returncode != 0:
-        return "", [f"torch does not tell the device: {first_line(asked.stderr.strip().rpartition(chr(10))[2])}"]
-    found = json.loads(asked.stdout.splitlines()[-1])
-    if found["hidden"] and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        return found["device"], [f"{found['hidden']}; to train on the CPU all the same: export CUDA_VISIBLE_DEVICES="]
-    return found["device"], []
+        error = (asked.stderr.splitlines() or ["no reason given"])[-1]
+        return "", [f"torch does not tell the device: {first_line(error)}"]
+    device, kind, hidden = json.loads(asked.stdout.splitlines()[-1])
+
+    # an empty CUDA_VISIBLE_DEVICES is the user's own choice
+    if kind != "cuda" and hidden and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        return device, [f"{hidden}; to train on the CPU all the same: export CUDA_VISIBLE_DEVICES="]
+    return device, []
 
 
-def compiler_problems(folder):
+def compiler_problems():
     """torch.compile wants a C++ compiler, unless train.py does without."""
-    path = Path(folder, "train.py")
+    path = Path(common.ROOT, "train.py")
     source = path.read_text(errors="replace") if path.exists() else ""
     compiler = os.environ.get("CXX", COMPILER)
     if shutil.which(compiler) or re.search(r"^COMPILE = False", source, re.M):
@@ -143,27 +146,27 @@ def compiler_problems(folder):
 # The first commit
 
 
-def first_commit(folder, tag, words):
+def first_commit(tag, words):
     """
     Make the branch and its first commit, empty, with these words: signing and hooks are tried for real.
 
     Raises SystemExit, with everything as it was before, if git refuses.
     """
-    before = git("symbolic-ref", "-q", "HEAD", folder=folder).output
-    commit = git("rev-parse", "HEAD", folder=folder).output
+    before = git("symbolic-ref", "-q", "HEAD").output
+    commit = git("rev-parse", "HEAD").output
     branch = f"autoresearch/{tag}"
     message = f"{branch}: start\n\n{words}"
-    worked, _, complaint = git("checkout", "-q", "-b", branch, folder=folder)
+    worked, _, complaint = git("checkout", "-q", "-b", branch)
     if worked:
-        worked, _, complaint = git("commit", "-q", "--allow-empty", "-m", message, folder=folder)
+        worked, _, complaint = git("commit", "-q", "--allow-empty", "-m", message)
     if worked:
         return
 
     # back, without `checkout`, whose hook may be the one that refuses
     if before:
-        git("symbolic-ref", "HEAD", before, folder=folder)
+        git("symbolic-ref", "HEAD", before)
     else:
-        git("update-ref", "--no-deref", "HEAD", commit, folder=folder)
-    git("update-ref", "-d", f"refs/heads/{branch}", folder=folder)
+        git("update-ref", "--no-deref", "HEAD", commit)
+    git("update-ref", "-d", f"refs/heads/{branch}")
     fix = "signing: git config commit.gpgsign false; a hook: git config core.hooksPath /dev/null"
     raise SystemExit(f"git refuses to commit ({first_line(complaint or 'no reason given')}); {fix}")

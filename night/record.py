@@ -90,7 +90,9 @@ class Try:
     @property
     def verdict(self):
         """keep, discard or simpler; "" while it is undecided."""
-        return self.decision.decision if self.decision else ""
+        if self.decision is None:
+            return ""
+        return self.decision.decision
 
     @property
     def description(self):
@@ -128,7 +130,7 @@ class Night:
 
     @property
     def head(self):
-        return self.line[-1] if self.line else self.start
+        return (self.start, *self.line)[-1]
 
     @property
     def kept(self):
@@ -147,6 +149,7 @@ class Night:
     def add(self, line):
         """Take in a line of the record. Raises ValueError, KeyError or TypeError if its values are not of its kind."""
         kind = line["kind"]
+        # kinds of later versions are left out
         if kind == "run":
             run = as_run(line)
             self.runs[run.run] = run
@@ -161,6 +164,8 @@ class Night:
 
     def add_decision(self, decision):
         attempt = self.tries.setdefault(decision.commit, Try(decision.commit))
+
+        # the rule never overrules a hand; `simpler` is a wish, which the rule decides
         by_hand = attempt.decision and attempt.decision.by == "hand" and attempt.verdict != "simpler"
         if by_hand and decision.by == "rule":
             return
@@ -180,6 +185,7 @@ def values_of(kind, line):
     """The values of a line that a Run or a Decision has. Raises TypeError where one is of another type."""
     values = {item.name: line[item.name] for item in fields(kind) if item.name in line}
     for item in fields(kind):
+        # JSON has no mark for a float that is whole
         value = values.get(item.name)
         is_number = isinstance(value, int) and item.type in (float, float | None)
         if item.name in values and not is_number and not isinstance(value, item.type):
@@ -207,12 +213,12 @@ def as_decision(line):
 # Where it lies
 
 
-def find_place(tag, folder=None):
+def find_place(tag):
     """The folder of a night's record and of its runs; one for all worktrees of a repository."""
-    answer = git("rev-parse", "--git-common-dir", folder=folder)
+    answer = git("rev-parse", "--git-common-dir")
     if not answer.worked:
         raise NoNight(f"no repository here: {answer.complaint}")
-    return Path(folder or common.ROOT, answer.output).resolve() / PREFIX / tag
+    return Path(common.ROOT, answer.output).resolve() / PREFIX / tag
 
 
 def find_tag():
@@ -221,12 +227,11 @@ def find_tag():
     if branch.startswith(PREFIX):
         return branch.removeprefix(PREFIX)
     nights = git("for-each-ref", "--sort=committerdate", "--format=%(refname:short)", f"refs/heads/{PREFIX}").output
-    place = f"on {branch}" if branch else "on a detached HEAD"
+    place = branch or "a detached HEAD"
     if not nights:
-        raise NoNight(f"no night here ({place}); next: uv run ledger.py start <tag> --until <when>")
+        raise NoNight(f"no night on {place}; next: uv run ledger.py start <tag> --until <when>")
     *older, latest = nights.split()
-    others = f"; older ones: {', '.join(older)}" if older else ""
-    raise NoNight(f"no night here ({place}); next: git checkout -q {latest}{others}")
+    raise NoNight(f"no night on {place}; next: git checkout -q {latest}{''.join(f', or {name}' for name in older)}")
 
 
 @contextlib.contextmanager
@@ -236,10 +241,12 @@ def recording(tag):
     repository records at a time. Where there is no record, as in a clone, it begins.
     """
     place = find_place(tag)
-    first = None if (place / "record.jsonl").exists() else start_of(tag)
+    path = place / "record.jsonl"
+    if not path.exists():
+        first = start_of(tag)  # raises before a folder is made for no night
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / "record.lock", timeout=LOCK_SECONDS):
-        if first and not (place / "record.jsonl").exists():
+        if not path.exists():
             append(place, Night(), first)
         yield read_night(tag)
 
@@ -251,6 +258,7 @@ def append(place, night, *lines):
     path = place / "record.jsonl"
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with open(path, "ab+") as file:
+        # one write, on a line of its own
         file.seek(0, os.SEEK_END)
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -273,6 +281,8 @@ def read_night(tag=None):
     if not is_start(first):
         first = start_of(tag)
     night = Night(tag, str(first["until"]), first["commit"], first["benchmark"], first["device"], time=now())
+
+    # what cannot be read counts for nothing, and is never taken for something else
     for line in lines:
         try:
             night.add(line)
@@ -285,8 +295,9 @@ def read_night(tag=None):
 def read_lines(path):
     """The lines of a record; None for those that are no JSON."""
     lines = []
-    content = path.read_bytes() if path.exists() else b""
-    for text in content.decode(errors="replace").split("\n"):
+    if not path.exists():
+        return lines
+    for text in path.read_bytes().decode(errors="replace").split("\n"):
         if not text:
             continue
         try:
@@ -318,8 +329,11 @@ def start_of(tag):
 
 def look_around(night):
     """Where git is."""
+    # by first parents: a merge brings no commit of its own into the night
     line = git("rev-list", "--reverse", "--first-parent", "HEAD", f"^{night.start}^@").output
     night.line = tuple(line.split())
     night.changed = git("status", "--porcelain", "--", "train.py").output != ""
+
+    # a run has the harness of its commit, so that has to be the night's
     names = git("diff", "--name-only", "--no-ext-diff", night.start, "HEAD", "--", "*.py").output
     night.other_files = tuple(name for name in names.split("\n") if name not in ("", "train.py"))

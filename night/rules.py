@@ -25,6 +25,9 @@ STUCK_IDEAS = 5  # not kept in a row: time for another kind of idea
 MOST_DISTURBED = 3  # such runs of one seed are a crash ...
 MOST_KILLED, MOST_INTERRUPTED = 2, 3  # ... and so are these
 
+STEPS = ("the first run", "the second run", "the mean of the second and third run")
+
+# What an agent types
 RUN = "uv run ledger.py run"
 COMMIT = "git commit -q -m '<idea>; expect <gain>' -- train.py"
 DROP = "git checkout HEAD -- train.py"
@@ -82,7 +85,9 @@ def noise_floor(night, without=None):
 def bar(night):
     """What is to beat: the mean of the last keep's counted runs; NaN before it has any."""
     scores = scores_of(night.attempt(night.last_keep))
-    return statistics.fmean(scores) if scores else math.nan
+    if not scores:
+        return math.nan
+    return statistics.fmean(scores)
 
 
 def gains_of(commit, night):
@@ -93,7 +98,10 @@ def gains_of(commit, night):
     for seed in IDEA_SEEDS:
         if seed not in by_seed:
             break
-        judged = [by_seed[seed]] if seed < 3 else [by_seed[2], by_seed[3]]
+        # each alone, but the third with the second: the first was selected
+        judged = [by_seed[seed]]
+        if seed == 3:
+            judged.append(by_seed[2])
         gains.append(to_beat - statistics.fmean(judged))
     return gains
 
@@ -101,7 +109,9 @@ def gains_of(commit, night):
 def least_gain(commit, night):
     """What each step of a commit must gain. Without a repeated run there is no floor: any gain will do."""
     floor = noise_floor(night, without=commit)
-    return 0.0 if math.isnan(floor) else QUARTER * floor
+    if math.isnan(floor):
+        return 0.0
+    return QUARTER * floor
 
 
 def final_gain(night):
@@ -126,6 +136,8 @@ def due_decisions(night):
     for attempt in undecided:
         if attempt.commit == night.start:
             continue
+
+        # on one machine HEAD is the only candidate
         if attempt.commit not in night.line and not attempt.verdict:
             found.append(Decision(attempt.commit, "discard", reason="left"))
             continue
@@ -157,9 +169,6 @@ def judge(attempt, night):
     if len(gains) < len(IDEA_SEEDS):
         return None
     return Decision(attempt.commit, "keep", **numbers, reason=f"each step gains more than {least:.6f}")
-
-
-STEPS = ("the first run", "the second run", "the mean of the second and third run")
 
 
 def judge_simpler(attempt, gains, numbers):
@@ -201,6 +210,8 @@ def baseline_seeds(night):
     """The seeds with which the baseline has to run. What crashed before `until` was last said may run again."""
     attempt = night.attempt(night.start)
     missing = lacks(attempt, "baseline", BASELINE_SEEDS)
+
+    # each seed has had its run, and too few have a score: those since the human's word count
     scored = [run.seed for run in attempt.of_role("baseline") if run.counts]
     if missing or len(scored) >= LEAST_SCORES:
         return missing
@@ -216,6 +227,8 @@ def runs_since_end(night):
 def needed_again(night):
     """The run that sharpens the bar, when the last keep ran long ago: [Training]."""
     keep = night.last_keep
+
+    # the runs after its last one
     counted = [run for run in night.runs.values() if run.role != "final" and run.is_over]
     places = [place for place, run in enumerate(counted) if run.commit == keep]
     if not places or len([run for run in counted[places[-1] + 1 :] if run.counts]) < AGAIN_RUNS:
@@ -275,6 +288,8 @@ def with_a_run_going_on(night):
 def for_the_human(night):
     """What no agent can mend, until the human says `until` again."""
     recent = runs_since_end(night)
+
+    # an interrupted run says nothing yet: it runs again
     baseline = [run for run in recent if run.role == "baseline" and run.state != "interrupted"]
     mended = "mend it, then say when the night ends: uv run ledger.py until <when>"
     if len(recent) >= 2 and all(run.state == "elsewhere" for run in recent[-2:]):
@@ -318,6 +333,8 @@ def at_the_end(night):
     """A commit that has a run gets those that decide; then baseline and last keep run on fresh seeds."""
     if not is_over(night):
         return None
+
+    # what has begun is decided first; then what was gained, and the branch ends where the night has come to
     missing = needed(night.head, night)
     if is_candidate(night) and night.attempt(night.head).counted() and missing:
         return run_step(missing[0], "the end, but this commit is not decided")
@@ -367,6 +384,8 @@ def with_an_idea(night):
     if night.head == night.last_keep:
         return None
     attempt = night.attempt(night.head)
+
+    # decided, or not committed as it stands
     if attempt.verdict == "discard":
         reason = f"discarded, {attempt.decision.reason}"
         if can_be_simpler(attempt):
@@ -374,6 +393,8 @@ def with_an_idea(night):
         return go_back(night, reason)
     if night.changed:
         return Step("drop", "# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
+
+    # its runs, unless the bar has to be sharpened before the first of them
     missing = needed(night.head, night)
     if not missing:
         return go_back(night, "its runs decide nothing, for the last keep has no score that counts")
@@ -400,6 +421,8 @@ def with_the_last_keep(night):
         when_done = f"exchange, look and say what you will try (swarm/program.md); {when_done}"
     if night.changed:
         return Step("idea", "# a new idea is in train.py: finish it", when_done)
+
+    # now and then another kind of idea is due
     if night.last_keep != night.start and ideas_since_pruning(night) >= PRUNING_IDEAS:
         reason = "pruning is due: take out one thing that was kept; its message begins with `prune`"
         return Step("idea", NEW_IDEA, reason)

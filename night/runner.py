@@ -64,6 +64,8 @@ def read_run(place):
 def begin(place, night, training, budget):
     """Start the keeper of a training, and return its process. The caller holds the lock of the record."""
     commit = training.commit
+
+    # git forgets no try, and the lock is held before anything says that a run goes on
     git("update-ref", f"refs/tries/{commit[:7]}", commit)
     lock = open(place / "run.lock", "a")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -143,6 +145,8 @@ class Keeper:
     def train(self, log):
         """Train once: {"exit": code, or minus the signal} and, where the keeper ended it, why."""
         state = self.state
+
+        # what the harness and load_benchmark() read
         names = {"RUN": state["run"], "COMMIT": state["commit"], "SEED": str(state["seed"])}
         names["BENCHMARK"] = state["benchmark"]
         names["HOME"] = str(find_home())  # which may be relative to the folder of the repository
@@ -201,6 +205,7 @@ def settle(place, night, journal):
     for run in late:
         append(place, night, *scored_lines(vars(run), scored[run.run], night))
 
+    # a run that goes on is left alone; one that a copy of this folder brought along is dropped, unless it has a score
     state = read_run(place)
     if state and is_running(place):
         night.going_on = state
@@ -231,8 +236,8 @@ def end_lines(state, scored, night):
 def run_line(state, night):
     """What is known of every run."""
     commit = state["commit"]
-    names = git("rev-parse", f"{commit}^", f"{commit}:train.py").output.split()
-    parent, train = names if len(names) == 2 else ("", "")
+    parent = git("rev-parse", f"{commit}^").output
+    train = git("rev-parse", f"{commit}:train.py").output
     subject = git("log", "-1", "--format=%s", commit).output
     values = {name: state[name] for name in ("run", "commit", "role", "seed")} | {"parent": parent, "train": train}
     values |= {"benchmark": night.benchmark, "device": night.device, "exit": state.get("exit")}
@@ -256,6 +261,8 @@ def scored_lines(state, scored, night):
     }
     others = [run for run in night.attempt(state["commit"]).runs.values() if run.counts]
     most = max((run.steps for run in others), default=0)
+
+    # what does not compare, and then what was disturbed: this run, or earlier ones
     if scored["device"] != night.device:
         return [line | {"state": "elsewhere", "reason": f"on {scored['device']}, the night is on {night.device}"}]
     if scored["slow_steps_percent"] > SLOW_FLAG:
@@ -320,8 +327,7 @@ def read_log(path):
 
 
 def last_line(log):
-    lines = [line.strip() for line in re.split(r"[\r\n]+", log) if line.strip()]
-    return lines[-1] if lines else ""
+    return re.split(r"[\r\n]+", log.strip())[-1].strip()
 
 
 def find_reason(log, code):

@@ -13,14 +13,20 @@ STAMPS = 2  # views whose hashes are known, so that an edited one is told from o
 def rows_of(night):
     """The rows: [(commit, val_bpb, memory_gb, status, description)], texts."""
     rows = []
+    kept = set(night.kept)
     for run in night.runs.values():
-        words = printable(run.description, 1000) + (", final" if run.role == "final" else "")
-        words = f"{words}, seed {run.seed}"
+        words = printable(run.description, 1000)
+        if run.role == "final":
+            words += ", final"
+        words += f", seed {run.seed}"
+
+        # other states prove nothing: they are in the record, but have no row
+        status = "discard"
+        if run.commit in kept:
+            status = "keep"
         if run.state == "crash":
             rows.append((run.commit[:7], "0.000000", "0.0", "crash", words))
         elif run.counts:
-            is_kept = run.commit == night.start or night.attempt(run.commit).verdict == "keep"
-            status = "keep" if is_kept else "discard"
             rows.append((run.commit[:7], f"{run.val_bpb:.6f}", f"{run.memory_gb:.1f}", status, words))
     return rows
 
@@ -32,11 +38,15 @@ def write_view(folder, night, place):
     """
     path = folder / "results.tsv"
     content = "".join("\t".join(cells) + "\n" for cells in (COLUMNS, *rows_of(night)))
-    found = path.read_bytes() if path.exists() else None
+    found = b""
+    if path.exists():
+        found = path.read_bytes()
     if found == content.encode():
         return ""
+
+    # what is neither this view nor one of the last is somebody's own
     said = ""
-    if found is not None and sha256_of(found) not in known_stamps(place):
+    if found and sha256_of(found) not in known_stamps(place):
         aside = move_aside(path, "results-edited")
         said = f"results.tsv was edited: it is {aside.name} now; to decide by hand: uv run ledger.py keep, or discard"
 
@@ -70,6 +80,7 @@ def move_aside(path, name):
     """Rename a file, or what a link points to, to a name that is free. Returns the new path."""
     path = path.resolve()
     names = (f"{name}{number}{path.suffix}" for number in ("", *range(2, 10_000)))
+    # over nothing that is there
     aside = next(path.with_name(other) for other in names if not path.with_name(other).exists())
     os.replace(path, aside)
     return aside

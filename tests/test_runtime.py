@@ -302,7 +302,7 @@ def test_the_benchmark_that_is_named_goes_before_the_current_one(own, monkeypatc
     monkeypatch.setenv("AUTORESEARCH_BENCHMARK", own.id)
     assert prepare.load_benchmark() == own
     monkeypatch.setenv("AUTORESEARCH_BENCHMARK", "gone")
-    assert "AUTORESEARCH_BENCHMARK=gone: no such benchmark in" in refused(prepare.load_benchmark)
+    assert "benchmark gone: benchmark.json is missing" in refused(prepare.load_benchmark)
 
 
 def test_the_curve_of_a_run(own, monkeypatch):

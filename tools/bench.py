@@ -7,6 +7,10 @@ Each figure is the best of ROUNDS segments, which take turns, each in a process 
 H100, predicted from the kernels that torch.compile generates for one that isn't there (null_cuda.py), in minutes:
 
     uv run python tools/bench.py --gpu
+
+And how long a look at a night of 5,000 runs takes, `uv run ledger.py`, in a clone of this repository:
+
+    uv run python tools/bench.py --look
 """
 
 import json
@@ -24,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from tools.null_cuda import build, forgive_values
 
 ROUNDS, SECONDS = 3, 10
+LOOK_RUNS = 5000
 
 
 class Segment:
@@ -269,15 +274,52 @@ def predict_all():
             subprocess.run([sys.executable, __file__, "predict", variant], env=environment, check=True)
 
 
+# --------------------------------------
+# A look at a long night
+
+
+def look():
+    """Print the seconds that the ledger takes for a night of LOOK_RUNS runs: as many ideas, none of them kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        clone, home = Path(folder, "clone"), Path(folder, "home")
+        (home / "local").mkdir(parents=True)
+        (home / "current").write_text("local")
+        (home / "local" / "benchmark.json").write_text('{"settings": {"time_budget": 60}}')
+        environment = os.environ | {"AUTORESEARCH_HOME": str(home)}
+        subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+        ledger = [sys.executable, "ledger.py"]
+        start = [*ledger, "start", "long", "--until", "never"]
+        subprocess.run(start, cwd=clone, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+        # three runs of the baseline, then ideas, in the record and in the harness's journal
+        record = clone / ".git" / "autoresearch" / "long" / "record.jsonl"
+        begun = json.loads(record.read_text())
+        with open(record, "a") as lines, open(home / "local" / "journal.jsonl", "w") as journal:
+            for number in range(LOOK_RUNS):
+                run = {"kind": "run", "run": str(number), "time": begun["time"], "role": "baseline", "seed": number + 1}
+                run |= {"commit": begun["commit"], "state": "scored", "val_bpb": 1 + number / 1e6}
+                run |= {"device": begun["device"], "steps": 1000, "losses": [1.0] * 10, "description": "an idea"}
+                if number >= 3:
+                    run |= {"commit": f"{number:040x}", "role": "idea", "seed": 1, "val_bpb": 1.1}
+                lines.write(json.dumps(run) + "\n")
+                journal.write(json.dumps(run) + "\n")
+        for state in ("first, which decides all", "next", "next"):
+            started = time.perf_counter()
+            subprocess.run(ledger, cwd=clone, env=environment, check=True, stdout=subprocess.DEVNULL)
+            print(f"a look at {LOOK_RUNS:,} runs, the {state}: {time.perf_counter() - started:.2f} s")
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
             main()
         case ["--gpu"]:
             predict_all()
+        case ["--look"]:
+            look()
         case ["predict", variant]:
             predict(variant)
         case ["segment", kind]:
             segment(kind == "plain")
         case _:
-            sys.exit("bench.py: takes nothing, or --gpu")
+            sys.exit("bench.py: takes nothing, --gpu or --look")
