@@ -57,8 +57,10 @@ def load():
     lines of the journal, sentences on what to look at). Raises NoNight.
     """
     with recording(find_tag()) as (night, place):
+        # asked before the journal is read: a run that ends in between is settled by the next look
+        running = runner.is_running(place)
         journal = [line for line in read_journal(find_home() / night.benchmark) if line.get("commit")]
-        runner.settle(place, night, journal)
+        runner.settle(place, night, journal, running)
         edited = write_view(common.ROOT, night, place)
     problems = [edited] if edited else []
     if night.unreadable:
@@ -93,7 +95,7 @@ def print_status():
     if math.isnan(floor):
         print("noise floor: unknown until a commit has two runs that count")
     else:
-        print(f"noise floor: {floor:.6f}; each of the three runs of an idea must gain more than {floor / 4:.6f}")
+        print(f"noise floor: {floor:.6f}; each step of an idea must gain more than a quarter, {floor / 4:.6f}")
 
     # the kept commits in order, each no worse than those before
     kept = [scores_of(night.attempt(commit)) for commit in night.kept]
@@ -102,13 +104,20 @@ def print_status():
         print(f"best so far: {sparkline(list(itertools.accumulate(means, min)))} {means[0]:.4f} to {min(means):.4f}")
     if not math.isnan(bar(night)):
         print(f"to beat:     {bar(night):.6f}, {short(night.last_keep)}")
-    print(f"this commit: {short(night.head)} {night.attempt(night.head).verdict or 'undecided'}")
+    print(f"this commit: {short(night.head)}, {standing(night)}")
     for run in night.attempt(night.head).runs.values():
         print(f"  {run_in_words(run, night)}")
     for cells in rows_of(night)[-LAST_ROWS:]:
         print(f"  {cells[0]} {cells[1]} {cells[3]:<7} {cells[4]:.100}")
     print_problems(problems)
     print_next(night)
+
+
+def standing(night):
+    """What HEAD is in this night."""
+    if night.head == night.start:
+        return "the baseline"
+    return night.attempt(night.head).verdict or "undecided"
 
 
 def end_in_words(night):
@@ -210,9 +219,9 @@ def run():
 
 
 def start_run(training, budget):
-    """Start a keeper, unless another process has done so since; returns its process, or None."""
+    """Start a keeper, unless another process has made this run since, or makes it; returns its process, or None."""
     with recording(find_tag()) as (night, place):
-        if runner.is_running(place) or runner.read_run(place):
+        if runner.read_run(place) or next_step(night).training != training:
             return None
         return runner.begin(place, night, training, budget)
 
@@ -258,14 +267,13 @@ def print_run(night, journal):
     last = list(night.runs.values())[-1]
     print(f"run:  {short(last.commit)} {run_in_words(last, night)}")
 
-    # beside the curve of the last keep, or of an earlier run of it
-    keeps = [other for other in night.attempt(night.last_keep).counted() if other.run != last.run]
+    # beside the curve of the last keep
     if last.losses:
-        words = f"loss by tenths: {as_curve(last.losses)}"
-        if keeps:
-            speed = f"{keeps[-1].steps:,} steps, {keeps[-1].tokens_per_second:,.0f} tokens/s"
-            words += f"; keep: {as_curve(keeps[-1].losses)} ({speed})"
-        print(words)
+        print(f"loss by tenths: {as_curve(last.losses)}")
+    keeps = night.attempt(night.last_keep).counted()
+    if keeps and last.commit != night.last_keep:
+        speed = f"{keeps[-1].steps:,} steps, {keeps[-1].tokens_per_second:,.0f} tokens/s"
+        print(f"last keep:      {as_curve(keeps[-1].losses)}, seed {keeps[-1].seed}, {speed}")
     warnings = [flag for line in journal if line.get("run") == last.run for flag in flags(line)]
     print_problems(warnings + runner.fallbacks(runner.read_log(common.ROOT / "run.log")))
     decision = night.attempt(last.commit).decision

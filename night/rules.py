@@ -164,11 +164,11 @@ def judge(attempt, night):
     least = least_gain(attempt.commit, night)
     for place, gained in enumerate(gains):
         if not gained > least:
-            reason = f"{STEPS[place]} gains {gained:+.6f}, it takes more than {least:.6f}"
+            reason = f"gain of {STEPS[place]}: {gained:+.6f}, needed: more than {least:.6f}"
             return Decision(attempt.commit, "discard", **numbers, reason=reason)
     if len(gains) < len(IDEA_SEEDS):
         return None
-    return Decision(attempt.commit, "keep", **numbers, reason=f"each step gains more than {least:.6f}")
+    return Decision(attempt.commit, "keep", **numbers, reason=f"each step gained more than {least:.6f}")
 
 
 def judge_simpler(attempt, gains, numbers):
@@ -389,7 +389,7 @@ def with_an_idea(night):
     if attempt.verdict == "discard":
         reason = f"discarded, {attempt.decision.reason}"
         if can_be_simpler(attempt):
-            reason += " (if it is simpler and about as good: `uv run ledger.py keep`, before you reset)"
+            reason += " (only if it is simpler: `uv run ledger.py keep` runs it once more)"
         return go_back(night, reason)
     if night.changed:
         return Step("drop", "# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
@@ -408,7 +408,7 @@ def with_an_idea(night):
 
 def can_be_simpler(attempt):
     """Whether `keep` could still make something of a commit that the rule has discarded."""
-    return attempt.decision.by == "rule" and len(attempt.of_role("idea")) > 0 and bool(attempt.counted())
+    return attempt.decision.by == "rule" and len(attempt.counted()) == 1
 
 
 def with_the_last_keep(night):
@@ -416,7 +416,7 @@ def with_the_last_keep(night):
     again = needed_again(night)
     if again:
         return run_step(again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
-    when_done = f"commit it when it is done: {COMMIT}"
+    when_done = f"nothing is left to run; commit the idea when it is done: {COMMIT}"
     if "/" in night.tag:  # it is shared on a hub
         when_done = f"exchange, look and say what you will try (swarm/program.md); {when_done}"
     if night.changed:

@@ -193,10 +193,10 @@ def kill_group(process, number):
 # Settle
 
 
-def settle(place, night, journal):
+def settle(place, night, journal, running):
     """
     Record a run that is over, and what is decided by it. Each step may have been done before: it is told by the run's
-    id. Returns the Run, or None. The caller holds the lock of the record.
+    id. `running` was asked before the journal was read. The caller holds the lock of the record.
     """
     scored = {line["run"]: line for line in journal if line.get("run")}
 
@@ -207,7 +207,7 @@ def settle(place, night, journal):
 
     # a run that goes on is left alone; one that a copy of this folder brought along is dropped, unless it has a score
     state = read_run(place)
-    if state and is_running(place):
+    if state and running:
         night.going_on = state
         state = None
     is_ours = state and (state["host"], state["folder"]) == (platform.node(), str(place))
@@ -217,8 +217,6 @@ def settle(place, night, journal):
         append(place, night, {"kind": "decision", "time": now(), **as_line(decision)})
     if state:
         (place / "run.json").unlink(missing_ok=True)
-        return night.runs.get(state["run"])
-    return None
 
 
 def as_line(item):

@@ -101,13 +101,13 @@ def test_gains_are_of_the_first_the_second_and_the_mean_of_second_and_third():
 
 
 ACCEPTANCE = {  # scores of the runs -> decision, words of its reason
-    "first too low": ([0.9976], "discard", "the first run gains +0.0024"),
+    "first too low": ([0.9976], "discard", "gain of the first run: +0.0024"),
     "first promising": ([0.9974], "", ""),
-    "second too low": ([0.9, 0.9976], "discard", "the second run gains +0.0024"),
+    "second too low": ([0.9, 0.9976], "discard", "gain of the second run: +0.0024"),
     "second promising": ([0.9974, 0.99], "", ""),
-    "mean too low": ([0.9, 0.9974, 0.998], "discard", "the mean of the second and third run gains +0.0023"),
+    "mean too low": ([0.9, 0.9974, 0.998], "discard", "gain of the mean of the second and third run: +0.0023"),
     "kept, though the third alone is too low": ([0.9974, 0.99, 0.998], "keep", "each step"),
-    "kept": ([0.99, 0.99, 0.99], "keep", "each step gains more than 0.0025"),
+    "kept": ([0.99, 0.99, 0.99], "keep", "each step gained more than 0.0025"),
     "crash": (["crash"], "discard", "crashed: ValueError: no"),
     "crash of the second": ([0.99, "crash"], "discard", "crashed"),
     "disturbed": (["disturbed"], "", ""),
@@ -220,7 +220,7 @@ NIGHTS = {  # night -> command, words of the reason, the run if it is one
         "promising",
         ("idea", A, 2),
     ),
-    "discarded": (night_of(*BASE, (A, 1, 1.1), at=A), back(), "if it is simpler", None),
+    "discarded": (night_of(*BASE, (A, 1, 1.1), at=A), back(), "only if it is simpler", None),
     "discarded and edited": (night_of(*BASE, (A, 1, 1.1), at=A, changed=True), NOTE, "discarded", None),
     "crashed": (night_of(*BASE, (A, 1, "crash"), at=A), back(), "discarded, crashed: ValueError: no", None),
     "dropped": (night_of(*BASE, GOOD[0], decision_line(A, "discard", "hand"), at=A), back(), "discarded", None),

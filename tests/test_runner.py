@@ -478,6 +478,6 @@ def test_a_commit_that_changes_other_files_is_refused(clone):
     keep = clone.head()
     clone.edit(("^TENTHS = .*", "TENTHS = 5"), file="prepare.py")
     clone.git("commit", "-qam", "another harness")
-    output = clone.ledger("run")
+    output = clone.ledger("run", code=1)
     assert "HEAD changes prepare.py: only train.py may differ" in output
     assert f"next: git reset -q --keep {keep}" in output and clone.runs() == []
