@@ -389,7 +389,7 @@ def with_an_idea(night):
     if attempt.verdict == "discard":
         reason = f"discarded, {attempt.decision.reason}"
         if can_be_simpler(attempt):
-            reason += " (only if it is simpler: `uv run ledger.py keep` runs it once more)"
+            reason += " (only if it is simpler: `uv run ledger.py keep`)"
         return go_back(night, reason)
     if night.changed:
         return Step("drop", "# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
@@ -408,7 +408,10 @@ def with_an_idea(night):
 
 def can_be_simpler(attempt):
     """Whether `keep` could still make something of a commit that the rule has discarded."""
-    return attempt.decision.by == "rule" and len(attempt.counted()) == 1
+    decision = attempt.decision
+    if decision.by == "hand" or decision.gain is None:  # a crash has no gain
+        return False
+    return len(attempt.counted()) == 1 or decision.gain >= 0
 
 
 def with_the_last_keep(night):
