@@ -29,6 +29,7 @@ def read_record(path, every_byte=False):
 
 def find_damage(path, record, every_byte):
     """The name of the first file that is not as it was prepared, or None."""
+    # the id hashes all that the files and settings are
     intact = benchmark_id(record) == record["id"] == path.name
     if not intact or set(record["files"]) != FILES or set(record["settings"]) != SETTINGS:
         return "benchmark.json"
