@@ -1,4 +1,4 @@
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 """
 A hub: a git remote through which several agents share results, tries and plans. There is no other server.
 

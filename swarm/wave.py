@@ -1,4 +1,4 @@
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 """
 A wave: many experiments at once, on the devices of a Ray cluster. `ledger.py add --wave` writes their rows.
 

@@ -1,4 +1,3 @@
-# ruff: noqa: I001
 """
 Finds what loses, doubles, mixes up or believes too much of what agents share through swarm/hub.py, on a real bare
 repository. Their scores are made up: nothing trains here.

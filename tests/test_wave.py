@@ -1,4 +1,3 @@
-# ruff: noqa: I001
 """
 Finds what sends, judges or repeats the trainings of a wave wrongly, and clusters that meet or outlive each other: one
 story with real trainings on a real Ray cluster of two nodes, the rest without Ray.
