@@ -6,6 +6,7 @@ Nothing heavy is imported: ledger.py runs beside a training.
 
 import argparse
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -83,6 +84,21 @@ def write_atomically(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(content)
     os.replace(temporary, path)
+
+
+def append_lines(path, lines):
+    """
+    Append dicts to a file of JSON lines, in one write that is on the disk when this returns. The caller holds a lock.
+    """
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text  # the last line was torn, by a full disk
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # --------------------------------------

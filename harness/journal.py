@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from harness import common
-from harness.common import explain, first_line, git, sha256
+from harness.common import append_lines, explain, first_line, git, sha256
 
 NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that a night takes for its own runs
 LATE_FLAG = 1.02  # times the budget: a run that trained for longer is flagged
@@ -119,15 +119,16 @@ def append_run(folder, run, model):
         # the best so far, before this one is in the file
         runs = read_journal(folder)
         scores = [other["val_bpb"] for other in runs if other.get("harness_sha256") == run["harness_sha256"]]
-        line = json.dumps(run) + "\n"
-        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-            line = "\n" + line  # the last one was torn, by a full disk
-        with open(path, "a") as journal:
-            journal.write(line)
-            journal.flush()
-            os.fsync(journal.fileno())
+        append_lines(path, [run])
         if run["same_harness"] and run["val_bpb"] < min(scores, default=math.inf):
             save_best(folder / "best.pt", run, model)
+
+
+def add_run(folder, run):
+    """Append a run that was scored on another machine, unless the journal has it."""
+    with FileLock((folder / "journal.jsonl").with_suffix(".lock")):
+        if run["run"] not in [other.get("run") for other in read_journal(folder)]:
+            append_lines(folder / "journal.jsonl", [run])
 
 
 def save_best(path, run, model):

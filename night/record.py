@@ -9,6 +9,7 @@ run or commit takes the place of an earlier one. The night's first commit has th
 import contextlib
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from harness import common
-from harness.common import git, now
+from harness.common import append_lines, git, now
 
 LOCK_SECONDS = 60  # for another process that records
 PREFIX = "autoresearch/"  # of the branches of nights
@@ -24,6 +25,8 @@ START_KEYS = {"until", "commit", "benchmark", "device"}
 ROLES = ("baseline", "idea", "again", "final")
 STATES = ("scored", "crash", "disturbed", "elsewhere", "interrupted")
 DECISIONS = ("keep", "discard", "simpler")  # the last one: kept if its second run is not worse
+LONGEST_LINE = 20_000  # characters of a line that is read
+HASH = re.compile("[0-9a-f]{40}([0-9a-f]{24})?")  # of git, in full: SHA-1 or SHA-256
 
 
 class NoNight(SystemExit):
@@ -80,6 +83,15 @@ class Decision:
 
 
 @dataclass
+class Message:
+    """What an agent has said to the others of a hub."""
+
+    message: str
+    time: str = ""
+    commit: str = ""  # where it was then
+
+
+@dataclass
 class Try:
     """A commit that has run, or was decided."""
 
@@ -106,6 +118,15 @@ class Try:
         return [run for run in self.of_role("baseline", "idea", "again") if run.counts]
 
 
+@dataclass(frozen=True)
+class Checkout:
+    """Where a working folder is."""
+
+    line: tuple = ()  # commits from the night's first to HEAD, oldest first
+    changed: bool = False  # train.py differs from HEAD
+    other_files: tuple = ()  # Python files but train.py that differ between the first commit and HEAD
+
+
 @dataclass
 class Night:
     """All that a look needs: what was recorded, and where git is. Commits are whole hashes."""
@@ -122,9 +143,12 @@ class Night:
     messages: list = field(default_factory=list)
     unreadable: int = 0  # lines
 
-    line: tuple = ()  # commits from the first to HEAD, oldest first
-    changed: bool = False  # train.py differs from HEAD
-    other_files: tuple = ()  # Python files but train.py that differ between the first commit and HEAD
+    line: tuple = ()  # of the Checkout that is the repository's folder
+    changed: bool = False
+    other_files: tuple = ()
+    worktrees: dict = field(default_factory=dict)  # of a wave: name -> Checkout
+    out: list = field(default_factory=list)  # jobs on a cluster that have not ended, as in jobs/*.json
+    on_cluster: bool = False  # whether the human has named a cluster that trains
     going_on: dict | None = None  # run.json of the run that is going on
     time: str = ""  # now
 
@@ -160,7 +184,7 @@ class Night:
             self.until = checked_until(line["until"])
             self.runs_before_end = len(self.runs)
         elif kind == "say":
-            self.messages.append(str(line["message"]))
+            self.messages.append(Message(**values_of(Message, line)))
 
     def add_decision(self, decision):
         attempt = self.tries.setdefault(decision.commit, Try(decision.commit))
@@ -197,6 +221,9 @@ def as_run(line):
     run = Run(**values_of(Run, line))
     if run.role not in ROLES or run.state not in STATES:
         raise ValueError("no such role or state")
+    hashes = (run.commit, run.parent or run.commit, run.train or run.commit)
+    if not all(HASH.fullmatch(name) for name in hashes):
+        raise ValueError("no hash")
     if run.state in ("scored", "disturbed", "elsewhere") and not 0 < run.val_bpb < 1e3:
         raise ValueError("no score")
     return run
@@ -204,7 +231,7 @@ def as_run(line):
 
 def as_decision(line):
     decision = Decision(**values_of(Decision, line))
-    if decision.decision not in DECISIONS or decision.by not in ("rule", "hand"):
+    if decision.decision not in DECISIONS or decision.by not in ("rule", "hand") or not HASH.fullmatch(decision.commit):
         raise ValueError("no such decision")
     return decision
 
@@ -255,18 +282,7 @@ def append(place, night, *lines):
     """Add lines, dicts, to the record and to the night that was read from it. The caller holds recording()."""
     for line in lines:
         night.add(line)  # which raises, before it is written, what could not be read
-    path = place / "record.jsonl"
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    with open(path, "ab+") as file:
-        # one write, on a line of its own
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                text = "\n" + text  # the last line was torn, by a full disk
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(place / "record.jsonl", lines)
 
 
 # --------------------------------------
@@ -277,9 +293,18 @@ def read_night(tag=None):
     """The night that is checked out, as it was recorded, and its place. Raises NoNight if there is none."""
     tag = tag or find_tag()
     place = find_place(tag)
-    first, *lines = read_lines(place / "record.jsonl") or [None]
+    path = place / "record.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    night = parse_night(tag, content, lambda: start_of(tag))
+    look_around(night, place)
+    return night, place
+
+
+def parse_night(tag, content, find_start):
+    """The Night of a record, whose first line is asked for where it can't be read."""
+    first, *lines = parse_lines(content) or [None]
     if not is_start(first):
-        first = start_of(tag)
+        first = find_start()
     night = Night(tag, str(first["until"]), first["commit"], first["benchmark"], first["device"], time=now())
 
     # what cannot be read counts for nothing, and is never taken for something else
@@ -288,22 +313,19 @@ def read_night(tag=None):
             night.add(line)
         except (ValueError, KeyError, TypeError, AttributeError):
             night.unreadable += 1
-    look_around(night)
-    return night, place
+    return night
 
 
-def read_lines(path):
+def parse_lines(content):
     """The lines of a record; None for those that are no JSON."""
     lines = []
-    if not path.exists():
-        return lines
-    for text in path.read_bytes().decode(errors="replace").split("\n"):
+    for text in content.decode(errors="replace").split("\n"):
         if not text:
             continue
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            lines.append(None)
+        line = None
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text[: LONGEST_LINE + 1])  # a longer one is cut, so it can't be read
+        lines.append(line)
     return lines
 
 
@@ -327,13 +349,35 @@ def start_of(tag):
     return first
 
 
-def look_around(night):
-    """Where git is."""
+def look_around(night, place):
+    """Where git is, here and in the worktrees of a wave, and what is out."""
+    here = look_at(common.ROOT, night.start)
+    night.line, night.changed, night.other_files = here.line, here.changed, here.other_files
+    for marker in sorted((common.ROOT / "wave").glob("*/.git")):
+        night.worktrees[marker.parent.name] = look_at(marker.parent, night.start)
+    night.out = [job for job in read_jobs(place).values() if "exit" not in job]
+    night.on_cluster = bool(os.environ.get("RAY_API_SERVER_ADDRESS"))
+
+
+def look_at(folder, start):
+    """The Checkout of a folder, in the night that has begun with the commit `start`."""
     # by first parents: a merge brings no commit of its own into the night
-    line = git("rev-list", "--reverse", "--first-parent", "HEAD", f"^{night.start}^@").output
-    night.line = tuple(line.split())
-    night.changed = git("status", "--porcelain", "--", "train.py").output != ""
+    line = git("rev-list", "--reverse", "--first-parent", "HEAD", f"^{start}^@", folder=folder).output
+    changed = git("status", "--porcelain", "--", "train.py", folder=folder).output != ""
 
     # a run has the harness of its commit, so that has to be the night's
-    names = git("diff", "--name-only", "--no-ext-diff", night.start, "HEAD", "--", "*.py").output
-    night.other_files = tuple(name for name in names.split("\n") if name not in ("", "train.py"))
+    names = git("diff", "--name-only", "--no-ext-diff", start, "HEAD", "--", "*.py", folder=folder).output
+    others = tuple(name for name in names.split("\n") if name not in ("", "train.py"))
+    return Checkout(tuple(line.split()), changed, others)
+
+
+def read_jobs(place):
+    """
+    The jobs of a night that are not recorded yet: {path: dict}. Each has what run.json has of a run; once the job has
+    ended its `exit`, too.
+    """
+    jobs = {}
+    for path in sorted((place / "jobs").glob("*.json")):
+        with contextlib.suppress(FileNotFoundError):  # recorded just now
+            jobs[path] = json.loads(path.read_text())
+    return jobs

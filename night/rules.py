@@ -9,7 +9,7 @@ Sections: Worth, Decisions, What a commit needs, What comes next.
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from night.record import Decision
 
@@ -29,6 +29,7 @@ STEPS = ("the first run", "the second run", "the mean of the second and third ru
 
 # What an agent types
 RUN = "uv run ledger.py run"
+WAVE_RUN = "uv run --group cluster swarm/wave.py run"
 COMMIT = "git commit -q -m '<idea>; expect <gain>' -- train.py"
 DROP = "git checkout HEAD -- train.py"
 NEW_IDEA = "# a new idea: edit train.py"
@@ -48,7 +49,7 @@ class Training:
 class Step:
     """What comes next: its kind, a command that can be run as it stands, or a comment (#), and the reason."""
 
-    kind: str  # run, wait, idea, drop, reset, tell or over
+    kind: str  # run, wait, wave, idea, drop, reset, tell or over
     command: str
     reason: str
     training: Training | None = None  # of the kind run
@@ -132,19 +133,39 @@ def final_gain(night):
 def due_decisions(night):
     """What the rule decides of the commits that are undecided: [Decision]."""
     undecided = [attempt for attempt in night.tries.values() if attempt.verdict in ("", "simpler")]
+    candidates = {*night.line, *commits_of_wave(night)}
     found = []
     for attempt in undecided:
         if attempt.commit == night.start:
             continue
 
-        # on one machine HEAD is the only candidate
-        if attempt.commit not in night.line and not attempt.verdict:
+        # what is neither below HEAD nor in a wave is given up
+        if attempt.commit not in candidates and not attempt.verdict:
             found.append(Decision(attempt.commit, "discard", reason="left"))
             continue
         decision = judge(attempt, night)
         if decision:
             found.append(decision)
-    return found
+    return choose_of_wave(found, night)
+
+
+def choose_of_wave(decisions, night):
+    """Of all that could be kept of a wave the best, when nothing else of it is out or needed: [Decision]."""
+    wave = commits_of_wave(night)
+    winners = [decision for decision in decisions if decision.decision == "keep" and decision.commit in wave]
+    if not winners:
+        return decisions
+    others = [decision for decision in decisions if decision not in winners]
+
+    # what else may still be kept
+    decided = {decision.commit for decision in decisions} | set(night.kept)
+    waiting = [training.commit for training in needed_in_wave(night)] + [job["commit"] for job in night.out]
+    if any(commit not in decided and night.attempt(commit).verdict != "discard" for commit in waiting):
+        return others
+    best = max(winners, key=lambda decision: decision.gain)
+    reason = f"it could be kept, too: combine with {short(best.commit)}"
+    lost = [replace(winner, decision="discard", reason=reason) for winner in winners if winner is not best]
+    return [*others, best, *lost]
 
 
 def judge(attempt, night):
@@ -153,7 +174,7 @@ def judge(attempt, night):
     if crashes:
         return Decision(attempt.commit, "discard", reason=f"crashed: {crashes[-1].reason}")
     gains = gains_of(attempt.commit, night)
-    if not gains or math.isnan(gains[-1]):
+    if not gains or math.isnan(gains[-1]) or lacks_baseline(night):
         return None
     floor = noise_floor(night, without=attempt.commit)
     numbers = dict(gain=round(gains[-1], 6), floor=None if math.isnan(floor) else round(floor, 6))
@@ -199,7 +220,7 @@ def needed(commit, night):
         return []
     gains = gains_of(commit, night)
     seeds = IDEA_SEEDS[:1]
-    if gains:
+    if gains and not lacks_baseline(night):
         seeds = IDEA_SEEDS
     if attempt.verdict == "simpler":
         seeds = IDEA_SEEDS[:2]
@@ -217,6 +238,42 @@ def baseline_seeds(night):
         return missing
     since = {run.seed for run in runs_since_end(night) if run.role == "baseline" and run.is_over}
     return [seed for seed in BASELINE_SEEDS if seed not in since and seed not in scored]
+
+
+def lacks_baseline(night):
+    """Whether the bar is not known yet, so that nothing can be judged by it. At the end it will not get better."""
+    return bool(baseline_seeds(night)) and not is_over(night)
+
+
+def needed_in_wave(night):
+    """The runs that the ideas in the worktrees of a wave need: [Training]. At the end only those that have begun."""
+    found = []
+    for checkout in night.worktrees.values():
+        view = replace(night, line=checkout.line, other_files=checkout.other_files)
+        if not is_candidate(view):
+            continue
+        for commit in commits_above(view):
+            has_run = bool(night.attempt(commit).counted())
+            if has_run or (commit == view.head and not is_over(night)):
+                found += needed(commit, night)
+    return list(dict.fromkeys(found))  # two worktrees may be on one commit
+
+
+def needed_on_cluster(night):
+    """All runs that may be made at once, but those that are out: [Training]."""
+    found = needed_in_wave(night)
+    if not is_over(night):
+        found += needed(night.start, night) + needed_again(night)
+    elif not found and not night.out:
+        found = needed_finals(night)
+    out = [Training(job["role"], job["commit"], job["seed"]) for job in night.out]
+    return [training for training in found if training not in out]
+
+
+def commits_of_wave(night):
+    """The commits that a wave may still decide: those in its worktrees, and those whose jobs are out."""
+    lines = [checkout.line for checkout in night.worktrees.values()]
+    return {job["commit"] for job in night.out}.union(*lines)
 
 
 def runs_since_end(night):
@@ -267,6 +324,7 @@ def next_step(night):
     return (
         with_a_run_going_on(night)
         or for_the_human(night)
+        or with_a_wave(night)
         or in_baseline(night)
         or at_the_end(night)
         or off_the_line(night)
@@ -275,13 +333,22 @@ def next_step(night):
     )
 
 
-def run_step(training, reason):
-    return Step("run", RUN, f"{reason}: seed {training.seed} of {short(training.commit)}", training)
+def run_step(night, training, reason):
+    command = WAVE_RUN if night.on_cluster else RUN
+    return Step("run", command, f"{reason}: seed {training.seed} of {short(training.commit)}", training)
 
 
 def with_a_run_going_on(night):
     if night.going_on:
         return Step("wait", RUN, "a run is going on: this waits for it")
+    return None
+
+
+def with_a_wave(night):
+    if night.out:
+        return Step("wave", WAVE_RUN, f"jobs are out, {len(night.out)} of them: this waits for the next result")
+    if needed_in_wave(night):
+        return Step("wave", WAVE_RUN, "an idea in a worktree needs a run")
     return None
 
 
@@ -312,7 +379,7 @@ def too_few_scores(night):
 def in_baseline(night):
     missing = needed(night.start, night)
     if missing and not is_over(night):
-        return run_step(missing[0], "the baseline")
+        return run_step(night, missing[0], "the baseline")
     return None
 
 
@@ -337,10 +404,10 @@ def at_the_end(night):
     # what has begun is decided first; then what was gained, and the branch ends where the night has come to
     missing = needed(night.head, night)
     if is_candidate(night) and night.attempt(night.head).counted() and missing:
-        return run_step(missing[0], "the end, but this commit is not decided")
+        return run_step(night, missing[0], "the end, but this commit is not decided")
     missing = needed_finals(night)
     if missing:
-        return run_step(missing[0], "the end: what was gained, on seeds that selected nothing")
+        return run_step(night, missing[0], "the end: what was gained, on seeds that selected nothing")
     if night.head != night.last_keep:
         return go_back(night, "the end: the branch ends with the last keep")
     return Step("over", OVER, result_of(night))
@@ -400,10 +467,10 @@ def with_an_idea(night):
         return go_back(night, "its runs decide nothing, for the last keep has no score that counts")
     again = needed_again(night)
     if again and not attempt.runs:
-        return run_step(again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
+        return run_step(night, again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
     if not attempt.counted():
-        return run_step(missing[0], "a new idea")
-    return run_step(missing[0], "promising")
+        return run_step(night, missing[0], "a new idea")
+    return run_step(night, missing[0], "promising")
 
 
 def can_be_simpler(attempt):
@@ -418,7 +485,7 @@ def with_the_last_keep(night):
     """HEAD is the last keep: time for an idea."""
     again = needed_again(night)
     if again:
-        return run_step(again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
+        return run_step(night, again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
     when_done = f"nothing is left to run; commit the idea when it is done: {COMMIT}"
     if "/" in night.tag:  # it is shared on a hub
         when_done = f"exchange, look and say what you will try (swarm/program.md); {when_done}"

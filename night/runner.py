@@ -31,7 +31,7 @@ from harness import common
 from harness.common import DEVICE_TAKEN, find_home, git, now, printable, write_atomically
 from harness.journal import SLOW_FLAG
 from night import rules
-from night.record import append
+from night.record import append, read_jobs
 
 KEEPER_SECONDS = 20 * 60  # beside the budget: the harness ends a run that hangs before that
 INTERRUPT_SECONDS = 10  # that a training gets to end after Ctrl-C
@@ -70,18 +70,8 @@ def begin(place, night, training, budget):
     lock = open(place / "run.lock", "a")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)
     write_files(place / "run", commit)
-    state = {
-        "run": f"{commit[:7]}-{training.seed}-{secrets.token_hex(4)}",
-        "commit": commit,
-        "seed": training.seed,
-        "role": training.role,
-        "benchmark": night.benchmark,
-        "limit": budget + KEEPER_SECONDS,
-        "time": now(),
-        "host": platform.node(),
-        "folder": str(place),
-        "log": str(common.ROOT / "run.log"),
-    }
+    state = new_state(night, place, training, budget)
+    state |= {"log": str(common.ROOT / "run.log"), "python": sys.executable}
     write_atomically(place / "run.json", json.dumps(state))
     (common.ROOT / "run.log").write_text("")
 
@@ -92,6 +82,21 @@ def begin(place, night, training, budget):
     keeper = subprocess.Popen(command, cwd=common.ROOT, pass_fds=[lock.fileno()], start_new_session=True, **streams)
     lock.close()
     return keeper
+
+
+def new_state(night, place, training, budget):
+    """What is known of a run before it begins."""
+    return {
+        "run": f"{training.commit[:7]}-{training.seed}-{secrets.token_hex(4)}",
+        "commit": training.commit,
+        "seed": training.seed,
+        "role": training.role,
+        "benchmark": night.benchmark,
+        "limit": budget + KEEPER_SECONDS,
+        "time": now(),
+        "host": platform.node(),
+        "folder": str(place),
+    }
 
 
 def write_files(folder, commit):
@@ -152,10 +157,10 @@ class Keeper:
         names["HOME"] = str(find_home())  # which may be relative to the folder of the repository
         environment = os.environ | {f"AUTORESEARCH_{name}": value for name, value in names.items()}
         options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=[self.lock])
-        command = [sys.executable, "train.py"]
+        command = [state["python"], "train.py"]
         self.process = subprocess.Popen(command, cwd=self.place / "run", start_new_session=True, **options)
         self.write(pid=self.process.pid)
-        end = wait(self.process, lambda: self.interrupted, self.state["limit"])
+        end = wait(self.process, lambda: self.interrupted, state["limit"])
         kill_group(self.process, signal.SIGKILL)  # what it has left behind
         return end
 
@@ -195,8 +200,8 @@ def kill_group(process, number):
 
 def settle(place, night, journal, running):
     """
-    Record a run that is over, and what is decided by it. Each step may have been done before: it is told by the run's
-    id. `running` was asked before the journal was read. The caller holds the lock of the record.
+    Record the runs that are over, and what is decided by them. Each step may have been done before: it is told by the
+    run's id. `running` was asked before the journal was read. The caller holds the lock of the record.
     """
     scored = {line["run"]: line for line in journal if line.get("run")}
 
@@ -205,18 +210,25 @@ def settle(place, night, journal, running):
     for run in late:
         append(place, night, *scored_lines(vars(run), scored[run.run], night))
 
-    # a run that goes on is left alone; one that a copy of this folder brought along is dropped, unless it has a score
+    # what is over: jobs of a wave, and the run here
+    over = {path: job for path, job in read_jobs(place).items() if "exit" in job}
     state = read_run(place)
     if state and running:
         night.going_on = state
-        state = None
-    is_ours = state and (state["host"], state["folder"]) == (platform.node(), str(place))
-    if state and state["run"] not in night.runs and (is_ours or state["run"] in scored):
-        append(place, night, *end_lines(state, scored.get(state["run"]), night))
+    elif state:
+        over[place / "run.json"] = state
+    for state in over.values():
+        if state["run"] not in night.runs and (is_ours(state, place) or state["run"] in scored):
+            append(place, night, *end_lines(state, scored.get(state["run"]), night))
     for decision in rules.due_decisions(night):
         append(place, night, {"kind": "decision", "time": now(), **as_line(decision)})
-    if state:
-        (place / "run.json").unlink(missing_ok=True)
+    for path in over:
+        path.unlink(missing_ok=True)
+
+
+def is_ours(state, place):
+    """Whether a run was not brought along by a copy of this folder, made in mid-run: that one is dropped."""
+    return (state["host"], state["folder"]) == (platform.node(), str(place))
 
 
 def as_line(item):
@@ -290,7 +302,8 @@ def judge_end(state, night):
     code = state.get("exit")
     log = read_log(state["log"])
     if code is None:
-        end, most = f"ended from outside, with its keeper, after {seconds_of(state):.0f} s", rules.MOST_INTERRUPTED
+        end = state.get("lost") or f"ended from outside, with its keeper, after {seconds_of(state):.0f} s"
+        most = rules.MOST_INTERRUPTED
     elif code == -signal.SIGKILL and not state.get("ended"):
         end, most = "killed: did memory run out?", rules.MOST_KILLED
     elif state.get("ended") == "Ctrl-C":
