@@ -91,7 +91,7 @@ def print_status():
     night, _, journal, problems = load()
     floor = noise_floor(night, without=None if night.head == night.last_keep else night.head)
     print(f"night:       {night.tag}, {len(rows_of(night))} rows, until {end_in_words(night)}")
-    print(f"benchmark:   {night.benchmark}, on {night.device}")
+    print(f"benchmark:   {night.benchmark}, on {night.device or 'a cluster'}")
     if math.isnan(floor):
         print("noise floor: unknown until a commit has two runs that count")
     else:
@@ -201,6 +201,8 @@ def run():
     step = next_step(night)
 
     # what has run already is said again: the client may have lost the answer
+    if step.kind == "run" and night.on_cluster:
+        raise SystemExit(f"nothing is run here: this night trains on a cluster; next: {step.command}")
     if step.kind == "run":
         budget = load_budget(night)
         keeper = start_run(step.training, budget)
@@ -213,7 +215,8 @@ def run():
     else:
         print("nothing is to run; the last run:")
     night, _, journal, problems = load()
-    print_run(night, journal)
+    for last in list(night.runs.values())[-1:]:
+        print_run(last, night, journal, runner.read_log(common.ROOT / "run.log"))
     print_problems(problems)
     print_next(night)
 
@@ -260,25 +263,22 @@ def show_progress(state):
         print(f"\r\x1b[K{line[:100]}", end="", flush=True)
 
 
-def print_run(night, journal):
-    """The last run: its score and gain, its curve beside that of the last keep, and what asks for a look."""
-    if not night.runs:
-        return
-    last = list(night.runs.values())[-1]
-    print(f"run:  {short(last.commit)} {run_in_words(last, night)}")
+def print_run(run, night, journal, log):
+    """A run that is over: its score and gain, its curve beside that of the last keep, and what asks for a look."""
+    print(f"run:  {short(run.commit)} {run_in_words(run, night)}")
 
     # beside the curve of the last keep
-    if last.losses:
-        print(f"loss by tenths: {as_curve(last.losses)}")
+    if run.losses:
+        print(f"loss by tenths: {as_curve(run.losses)}")
     keeps = night.attempt(night.last_keep).counted()
-    if keeps and last.commit != night.last_keep:
+    if keeps and run.commit != night.last_keep:
         speed = f"{keeps[-1].steps:,} steps, {keeps[-1].tokens_per_second:,.0f} tokens/s"
         print(f"last keep:      {as_curve(keeps[-1].losses)}, seed {keeps[-1].seed}, {speed}")
-    warnings = [flag for line in journal if line.get("run") == last.run for flag in flags(line)]
-    print_problems(warnings + runner.fallbacks(runner.read_log(common.ROOT / "run.log")))
-    decision = night.attempt(last.commit).decision
+    warnings = [flag for line in journal if line.get("run") == run.run for flag in flags(line)]
+    print_problems(warnings + runner.fallbacks(log))
+    decision = night.attempt(run.commit).decision
     if decision:
-        print(f"decision: {decision.decision} {short(last.commit)}, {decision.reason}")
+        print(f"decision: {decision.decision} {short(run.commit)}, {decision.reason}")
 
 
 def as_curve(losses):
@@ -356,7 +356,7 @@ def start(tag, until):
         print(f"(if you meant the hour: uv run ledger.py until {int(until):02}:00)")
     if until == "never":
         print("(a night without an end has no final runs, so no gain to report: `uv run ledger.py until now` ends it)")
-    print(f"benchmark {night.benchmark}, {load_budget(night):g} s a run, on {night.device}")
+    print(f"benchmark {night.benchmark}, {load_budget(night):g} s a run, on {night.device or 'a cluster'}")
     print_next(night)
 
 

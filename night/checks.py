@@ -126,6 +126,10 @@ def find_device():
         return "", [f"torch does not tell the device: {first_line(error)}"]
     device, kind, hidden = json.loads(asked.stdout.splitlines()[-1])
 
+    # on a cluster other machines train
+    if kind == "cpu" and os.environ.get("RAY_API_SERVER_ADDRESS"):
+        return "", []
+
     # an empty CUDA_VISIBLE_DEVICES is the user's own choice
     if kind != "cuda" and hidden and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return device, [f"{hidden}; to train on the CPU all the same: export CUDA_VISIBLE_DEVICES="]

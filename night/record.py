@@ -177,6 +177,7 @@ class Night:
         if kind == "run":
             run = as_run(line)
             self.runs[run.run] = run
+            self.device = self.device or run.device  # of a night on a cluster the first run tells it
             self.tries.setdefault(run.commit, Try(run.commit)).runs[run.run] = run
         elif kind == "decision":
             self.add_decision(as_decision(line))

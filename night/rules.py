@@ -245,10 +245,13 @@ def lacks_baseline(night):
     return bool(baseline_seeds(night)) and not is_over(night)
 
 
-def needed_in_wave(night):
-    """The runs that the ideas in the worktrees of a wave need: [Training]. At the end only those that have begun."""
+def needed_in_wave(night, *others):
+    """
+    The runs that the ideas in the worktrees of a wave, and in other checkouts, need: [Training]. At the end only those
+    that have begun.
+    """
     found = []
-    for checkout in night.worktrees.values():
+    for checkout in (*night.worktrees.values(), *others):
         view = replace(night, line=checkout.line, other_files=checkout.other_files)
         if not is_candidate(view):
             continue
@@ -261,9 +264,9 @@ def needed_in_wave(night):
 
 def needed_on_cluster(night):
     """All runs that may be made at once, but those that are out: [Training]."""
-    found = needed_in_wave(night)
+    found = needed_in_wave(night, night)
     if not is_over(night):
-        found += needed(night.start, night) + needed_again(night)
+        found = needed(night.start, night) + needed_again(night) + found
     elif not found and not night.out:
         found = needed_finals(night)
     out = [Training(job["role"], job["commit"], job["seed"]) for job in night.out]

@@ -273,7 +273,7 @@ def scored_lines(state, scored, night):
     most = max((run.steps for run in others), default=0)
 
     # what does not compare, and then what was disturbed: this run, or earlier ones
-    if scored["device"] != night.device:
+    if scored["device"] != (night.device or scored["device"]):
         return [line | {"state": "elsewhere", "reason": f"on {scored['device']}, the night is on {night.device}"}]
     if scored["slow_steps_percent"] > SLOW_FLAG:
         return [disturbed(line, f"{scored['slow_steps_percent']:.0f}% of the time in slow steps", night)]

@@ -1,18 +1,16 @@
-# ruff: noqa: E402
 """
-A wave: many experiments at once, on the devices of a Ray cluster. `ledger.py add --wave` writes their rows.
+A wave: many experiments at once, on the Ray cluster that RAY_API_SERVER_ADDRESS names.
 
-    uv run --group cluster swarm/wave.py start                    # a cluster, here or in RAY_API_SERVER_ADDRESS
     uv run --group cluster swarm/wave.py new deeper               # a worktree on the last keep, for one idea
     uv run --group cluster swarm/wave.py commit deeper '<idea>'   # its train.py
-    uv run --group cluster swarm/wave.py submit base:1 deeper:1   # one training for each pair NAME:SEED
-    uv run --group cluster swarm/wave.py collect                  # wait until one has ended, fetch all that have
-    uv run --group cluster swarm/wave.py stop                     # end the cluster, remove the worktrees
+    uv run --group cluster swarm/wave.py run                      # train all that the night needs; wait for a result
+    uv run --group cluster swarm/wave.py clean                    # remove the worktrees that are done
 
-All state is in wave/: cluster.json, a worktree for each idea, and results/ with a JSON file and a log for each job. A
-job is a clone of one commit, nothing else. cluster.py has the cluster, worktrees.py git, and job.py runs on the nodes.
+The worktrees are in wave/. A job, one training of one commit, is out as long as it has a file in jobs/, beside the
+night's record. Whatever ends `run`, another one goes on with the same jobs. cluster.py asks Ray,
+job.py runs on the nodes.
 
-Sections: Start and stop, Submit, Collect, Command line.
+Sections: Worktrees, Run, Jobs, Command line.
 """
 
 import argparse
@@ -20,181 +18,219 @@ import json
 import re
 import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ there
 
-sys.exit("waves do not work at this commit: they move to the record of the night next")
+import ledger
+from harness import common
+from harness.common import OneLineParser, find_home, first_line, git, write_atomically
+from harness.journal import add_run
+from night import runner
+from night.record import read_jobs, recording
+from night.rules import WAVE_RUN, needed_on_cluster, next_step, short
+from swarm.cluster import asking, choose_slot, connect, list_jobs, living_nodes
+from swarm.job import RESULT
 
-from harness.journal import ROOT, now
-from harness.record import write_atomically
-from ledger import OneLineParser
-from night.load import load_night, load_state, night_commits
-from night.waves import must_run_again
-from night.worth import new_runs
-from swarm import cluster, worktrees
-from swarm.cluster import COMMAND, WAVE, asking
-from swarm.job import judge
-
-RESULTS = WAVE / "results"
-NAME = "[A-Za-z0-9_-]+"
-SEEDS = ("1", "2", "3", "4", "5")  # that program.md names
+COMMAND = WAVE_RUN.removesuffix(" run")
+WAIT_SECONDS = 540  # for a result; clients end a command that takes longer
 
 # --------------------------------------
-# Start and stop
+# Worktrees
 
 
-def start():
-    """Begin, or find, the cluster, and say what it has."""
-    found = cluster.begin()
-    nodes = cluster.living_nodes(found["address"])
-    [(resource, amount)] = cluster.default_slot(nodes).items()
-    print(f"cluster: {found['address']}, nodes: {len(nodes)}")
-    print(f"a training takes {amount:g} {resource.removeprefix('entrypoint_num_')}")
-    if found["pid"]:
-        head = next(node.node_ip for node in nodes if node.is_head_node)
-        print(f"another machine joins with: uv run --group cluster ray start --address={head}:{found['port']}")
-    print(f"next: {COMMAND} new <name>")
+def find_folder(name):
+    return common.ROOT / "wave" / name
 
 
-def stop(force):
-    """End the cluster if it began here, and remove the worktrees that have no changes."""
-    out = [result["job"] for result in read_results() if result["state"] == "out"]
-    if out and not force:
-        raise SystemExit(f"not stopped: {len(out)} jobs are out, such as {out[0]}; collect them, or stop --force")
-    cluster.end()
-    for folder in worktrees.remove_all():
-        print(f"{folder} stays, it has changes")
+def call_git(*words, folder=None):
+    """The output of git. Raises SystemExit, one line, if it fails."""
+    answer = git(*words, folder=folder)
+    if not answer.worked:
+        raise SystemExit(f"git {shlex.join(words)}: {first_line(answer.complaint)}")
+    return answer.output
 
 
-# --------------------------------------
-# Submit
+def new(name):
+    """Make a worktree on the last keep, and say what comes next."""
+    if find_folder(name).exists():
+        raise SystemExit(f"wave/{name} exists: edit it, or use another name")
+    night, _, _, problems = ledger.load()
+    call_git("worktree", "prune")  # git remembers one that was removed by hand
+    call_git("worktree", "add", "-q", "--detach", str(find_folder(name)), night.last_keep)
+    ledger.print_problems(problems)
+    print(f"wave/{name} is on the last keep, {short(night.last_keep)}")
+    print(f"next: edit wave/{name}/train.py; {commit_line(name)}")
 
 
-def submit(pairs, slot):
-    """Send a training for each pair of a name and a seed, unless it is out or has run."""
-    address = cluster.read_cluster()["address"]
-    state, _ = load_state(ROOT / "night.json")
-    night, record, _ = load_night(ROOT)
+def commit_line(name):
+    return f"{COMMAND} commit {name} '<idea>; expect <gain>'"
 
-    # all names are known before anything is sent
-    known = night_commits(state["commit"])
-    runs = [(worktrees.find_commit(name, state["commit"], known), seed) for name, seed in pairs]
-    client = cluster.connect(address)
-    slot = slot or cluster.default_slot(cluster.living_nodes(address))
-    with asking(address):
-        there = {job.submission_id for job in client.list_jobs()}
-    for commit, seed in runs:
-        _, disturbed = new_runs(night, commit[:7])
-        attempt, reason = next_attempt(commit, seed, read_results(), disturbed)
-        if reason:
-            print(f"{commit[:7]}:{seed} {reason}")
+
+def commit(name, message):
+    """Commit the train.py of wave/<name>, and nothing else: what else was edited there would not be judged."""
+    folder = find_folder(name)
+    if not (folder / ".git").exists():
+        raise SystemExit(f"there is no wave/{name}: {COMMAND} new {name}")
+    if not call_git("status", "--porcelain", "--", "train.py", folder=folder):
+        raise SystemExit(f"wave/{name}/train.py has no changes: nothing to commit")
+    call_git("commit", "-q", "-m", message, "--", "train.py", folder=folder)
+    print(f"{call_git('rev-parse', '--short=7', 'HEAD', folder=folder)} committed; next: {WAVE_RUN}")
+
+
+def clean():
+    """Remove the worktrees that have no changes, and no commit that is still to be decided."""
+    night, _, _, _ = ledger.load()
+    for name, checkout in night.worktrees.items():
+        head = call_git("rev-parse", "HEAD", folder=find_folder(name))
+        has_begun = night.attempt(head).runs or head in [job["commit"] for job in night.out]
+        if has_begun and night.attempt(head).verdict not in ("keep", "discard") and head != night.start:
+            print(f"wave/{name} stays: {short(head)} is not decided yet")
             continue
-        job = f"{state['tag'].replace('/', '-')}-{commit[:7]}-{seed}-{attempt}"
 
-        # where wave/ was lost the cluster may have it
-        if job in there:
-            print(f"{job} is on the cluster already")
-        else:
-            worktrees.store(commit)
-            with worktrees.clone(commit) as folder, asking(address):
-                command = entrypoint(record, seed)
-                client.submit_job(entrypoint=command, submission_id=job, runtime_env={"working_dir": folder}, **slot)
-            print(f"{job} submitted")
-        result = {"job": job, "tag": state["tag"], "commit": commit, "seed": seed, "attempt": attempt}
-        write_result(result | {"state": "out", "time": now()})
-    print(f"next: {COMMAND} collect")
-
-
-def entrypoint(record, seed):
-    """The command line of a job. It prepares the benchmark of this record, with the arguments that made it here."""
-    arguments = shlex.join(["--dataset", record["dataset"], *shlex.split(record.get("arguments", ""))])
-    return shlex.join(["python", "swarm/job.py", record["id"], str(seed), arguments])
-
-
-def next_attempt(commit, seed, results, disturbed):
-    """The number of the next attempt, from 1, and why there is none: "" if there is one."""
-    attempts = [result for result in results if result["commit"] == commit and result["seed"] == seed]
-    if not attempts:
-        return 1, ""
-    last = max(attempts, key=lambda result: result["attempt"])
-    if last["state"] == "out":
-        return 0, f"is out already, as {last['job']}"
-    if must_run_again(last, disturbed):
-        return last["attempt"] + 1, ""
-    return 0, f"has run already, as {last['job']}: {last['state']}"
+        # no branch has its commit, and it may never have run
+        call_git("update-ref", f"refs/tries/{short(head)}", head)
+        if checkout.changed or not git("worktree", "remove", str(find_folder(name))).worked:
+            print(f"wave/{name} stays: it has changes")
+    ledger.print_next(night)
 
 
 # --------------------------------------
-# Collect
+# Run
 
 
-def collect(wait):
-    """Wait until a job has ended, for so many seconds at most, and write the results of all that have."""
-    address = cluster.read_cluster()["address"]
-    out = [result for result in read_results() if result["state"] == "out"]
-    if not out:
-        print("no job is out")
-        print(f"next: {COMMAND} submit <name>:<seed>")
-        return
-    client = cluster.connect(address)
+def run(wait, slot):
+    """Submit all that is needed, wait until a job ends, record and decide, submit what is needed now; say what next."""
+    client = connect()
+    night, place, _, _ = ledger.load()
+    before = set(night.runs)
+    collect(client, place)
+    night = submit(client, slot)
     deadline = time.monotonic() + wait
-    while True:
-        with asking(address):
-            jobs = {job.submission_id: job for job in client.list_jobs()}
-        ended = [result for result in out if result["job"] not in jobs or jobs[result["job"]].status.is_terminal()]
-        if ended or time.monotonic() >= deadline:
-            break
+    while night.out and set(night.runs) == before and time.monotonic() < deadline:
         time.sleep(1)
+        collect(client, place)
+        over = [job for job in read_jobs(place).values() if "exit" in job]
+        if over or len(read_jobs(place)) < len(night.out):  # or another process has recorded one
+            night = submit(client, slot)
 
-    # a line for each
-    for result in out:
-        if result in ended:
-            result |= fetch(client, address, jobs.get(result["job"]))
-            write_result(result)
-            print(describe(result))
-        else:
-            print(f"{result['job']} {jobs[result['job']].status.value.lower()}")
-    print("next: uv run ledger.py")
-
-
-def fetch(client, address, job):
-    """How a job has ended, see judge(). Its log is saved."""
-    if job is None:
-        return {"state": "lost", "reason": "the cluster does not know it any more"}
-    log = ""
-    if job.driver_exit_code is not None:
-        with asking(address):
-            try:
-                log = client.get_job_logs(job.submission_id)
-            except RuntimeError:
-                # a node that lives will answer next time
-                if job.driver_node_id in [node.node_id for node in cluster.living_nodes(address)]:
-                    raise
-                return {"state": "lost", "reason": "its log went with its node"}
-    (RESULTS / f"{job.submission_id}.log").write_text(log)
-    return judge(job.driver_exit_code, job.message or "", log)
+    # what is new; another process may have recorded it
+    night, _, journal, problems = ledger.load()
+    for run in night.runs.values():
+        if run.run not in before:
+            ledger.print_run(run, night, journal, runner.read_log(log_path(place, run.run)))
+        if run.run not in before and run.state == "crash":
+            print(f"log: {log_path(place, run.run)}")
+    print_out(client, night)
+    for name, checkout in night.worktrees.items():
+        if checkout.changed:
+            problems.append(f"wave/{name}/train.py has changes: commit them, {commit_line(name)}")
+    ledger.print_problems(problems)
+    ledger.print_next(night)
 
 
-def describe(result):
-    """A line about a job that has ended."""
-    if result["state"] == "scored":
-        return f"{result['job']} scored, val_bpb {result['val_bpb']:.6f}"
-    line = f"{result['job']} {result['state']}: {result['reason']}"
-    if result["state"] == "lost":
-        line += f"; send it again: {COMMAND} submit {result['commit'][:7]}:{result['seed']}"
-    return line
+def print_out(client, night):
+    """What each job that is out does: Ray's word for it."""
+    jobs = list_jobs(client)
+    for state in night.out:
+        if state["job"] in jobs:
+            print(f"out: {short(state['commit'])} seed {state['seed']}, {jobs[state['job']].status.value.lower()}")
 
 
-def read_results():
-    """The results of all jobs of this wave so far: a list of dicts."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+# --------------------------------------
+# Jobs
 
 
-def write_result(result):
-    RESULTS.mkdir(exist_ok=True)
-    write_atomically(RESULTS / f"{result['job']}.json", json.dumps(result) + "\n")
+def submit(client, slot):
+    """Send all that the night needs and that is not out. Returns the night."""
+    night, _, _, _ = ledger.load()
+
+    # the branch goes with the keeps; where HEAD is an idea, `next:` says so
+    if night.head in night.kept[:-1] and not night.changed:
+        git("reset", "-q", "--keep", night.last_keep)
+    budget = ledger.load_budget(night)
+    with recording(night.tag) as (night, place):
+        if next_step(night).kind != "tell":
+            for training in needed_on_cluster(night):
+                state = runner.new_state(night, place, training, budget)
+                name = f"{night.tag.replace('/', '-')}-{short(training.commit)}-{training.seed}"
+                state |= {"training": name, "job": f"{name}-{state['run'][-8:]}"}
+                state["log"] = str(log_path(place, state["run"]))
+                (place / "jobs").mkdir(exist_ok=True)
+                write_atomically(place / "jobs" / f"{state['run']}.json", json.dumps(state))
+                night.out.append(state)
+
+    # also those that the cluster has never got, or has forgotten
+    there = list_jobs(client)
+    missing = [state for state in night.out if state["job"] not in there]
+    if missing:
+        slot = choose_slot(living_nodes(), night.device, slot)
+    for state in missing:
+        send(client, night, state, slot)
+    return night
+
+
+def log_path(place, run):
+    return place / "jobs" / f"{run}.log"
+
+
+def send(client, night, state, slot):
+    """Submit a job: the files of its commit."""
+    git("update-ref", f"refs/tries/{short(state['commit'])}", state["commit"])
+    record = json.loads((find_home() / night.benchmark / "benchmark.json").read_text())
+    arguments = ["--dataset", record["dataset"], *shlex.split(record.get("arguments", ""))]
+    command = shlex.join(["python", "swarm/job.py", json.dumps({"state": state, "arguments": arguments})])
+    with tempfile.TemporaryDirectory(prefix="wave-") as folder, asking():
+        files = Path(folder, "files")
+        runner.write_files(files, state["commit"])
+        try:
+            client.submit_job(
+                entrypoint=command, submission_id=state["job"], runtime_env={"working_dir": str(files)}, **slot
+            )
+        except RuntimeError as error:
+            if "already exists" not in str(error):  # another `run` was faster
+                raise
+    print(f"submitted: {short(state['commit'])} seed {state['seed']}, {state['role']}")
+
+
+def collect(client, place):
+    """Take the ends of the jobs that have one, into the journal and jobs/: from there the ledger records them."""
+    jobs = list_jobs(client)
+    for path, state in read_jobs(place).items():
+        job = jobs.get(state["job"])
+        if "exit" in state or job is None or not job.status.is_terminal():
+            continue
+        end = read_end(client, job, Path(state["log"]))
+        if end.get("scored"):
+            add_run(find_home() / state["benchmark"], end["scored"])
+        if end:
+            write_atomically(path, json.dumps(state | end))
+
+
+def read_end(client, job, path):
+    """
+    How a job has ended, as job.py has printed it: {exit, ended, scored}; {} while its node does not answer. A job that
+    could not print it was lost. Its log is saved at `path`.
+    """
+    lost = {"exit": None, "lost": f"its node went: {first_line(job.message or 'no reason given')}"}
+    if job.driver_exit_code is None:
+        return lost
+    try:
+        with asking():
+            log = client.get_job_logs(job.submission_id)
+    except SystemExit:
+        if job.driver_node_id in [node.node_id for node in living_nodes()]:
+            return {}  # it will answer next time, or be dead
+        return lost
+    log, marker, result = log.rpartition(f"\n{RESULT}")
+    path.write_text(log or result)
+    if marker:
+        return json.loads(result)
+    if job.driver_exit_code < 0:  # Ray, or somebody else, has ended it
+        return lost
+    return {"exit": None, "lost": f"its node was not ready: {first_line(runner.last_line(result) or 'no output')}"}
 
 
 # --------------------------------------
@@ -202,16 +238,9 @@ def write_result(result):
 
 
 def worktree_name(text):
-    if not re.fullmatch(NAME, text) or text in ("base", "results"):
-        raise argparse.ArgumentTypeError(f"{text}: must be of letters, digits, - and _, but not base or results")
+    if not re.fullmatch("[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be of letters, digits, - and _")
     return text
-
-
-def pair(text):
-    name, _, seed = text.rpartition(":")
-    if not re.fullmatch(NAME, name) or seed not in SEEDS:
-        raise argparse.ArgumentTypeError(f"{text}: must be like base:1, with a seed from 1 to 5")
-    return name, int(seed)
 
 
 def count(text):
@@ -222,40 +251,32 @@ def count(text):
 
 def parse_arguments(arguments=None):
     parser = OneLineParser(description="Many experiments at once: see swarm/program.md.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="start | new | commit | submit ...")
-    commands.add_parser("start", allow_abbrev=False, help="begin a cluster, or take the one in RAY_API_SERVER_ADDRESS")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="new | commit | run | clean")
     worktree = commands.add_parser("new", allow_abbrev=False, help="a worktree on the last keep")
     worktree.add_argument("name", type=worktree_name, help="of the idea: letters, digits, - and _")
     idea = commands.add_parser("commit", allow_abbrev=False, help="commit the train.py of a worktree")
     idea.add_argument("name", type=worktree_name)
     idea.add_argument("message", help="such as 'a deeper model; expect +0.002'")
-    sending = commands.add_parser("submit", allow_abbrev=False, help="train, once for each pair")
-    sending.add_argument("pairs", type=pair, nargs="+", metavar="NAME:SEED", help="base, a worktree or a commit")
-    size = sending.add_mutually_exclusive_group()
+    running = commands.add_parser("run", allow_abbrev=False, help="train all that is needed, wait for a result")
+    running.add_argument("--wait", type=count, default=WAIT_SECONDS, metavar="SECONDS", help="default 540")
+    size = running.add_mutually_exclusive_group()
     size.add_argument("--gpus", type=count, metavar="N", help="of each training; default 1, where the cluster has any")
     size.add_argument("--cpus", type=count, metavar="N", help="of each training; default all of the smallest node")
-    collecting = commands.add_parser("collect", allow_abbrev=False, help="fetch what has ended")
-    collecting.add_argument("--wait", type=int, default=540, metavar="SECONDS", help="for the first; default 540")
-    stopping = commands.add_parser("stop", allow_abbrev=False, help="end the cluster, remove the worktrees")
-    stopping.add_argument("--force", action="store_true", help="give up the jobs that are out")
+    commands.add_parser("clean", allow_abbrev=False, help="remove the worktrees that are done")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    if options.command == "start":
-        start()
-    elif options.command == "new":
-        worktrees.new(options.name)
+    if options.command == "new":
+        new(options.name)
     elif options.command == "commit":
-        print(f"{worktrees.commit(options.name, options.message)}; next: {COMMAND} submit {options.name}:1")
-    elif options.command == "submit":
+        commit(options.name, options.message)
+    elif options.command == "run":
         slot = {"entrypoint_num_gpus": options.gpus, "entrypoint_num_cpus": options.cpus}
-        submit(options.pairs, {name: amount for name, amount in slot.items() if amount})
-    elif options.command == "collect":
-        collect(options.wait)
+        run(options.wait, {name: amount for name, amount in slot.items() if amount})
     else:
-        stop(options.force)
+        clean()
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def wait_for(condition, seconds=300):
+def wait_for(condition, seconds=60):
     """What the condition returns, as soon as that is true. A busy machine takes its time."""
     end = time.monotonic() + seconds
     while not (found := condition()):

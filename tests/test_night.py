@@ -6,6 +6,7 @@ of a simulation, what comes next in a table of nights, and random nights that mu
 import math
 import random
 import re
+from dataclasses import replace
 from statistics import mean, stdev
 
 import pytest
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from night import rules
-from night.record import Night
-from night.rules import Training, due_decisions, gains_of, needed, next_step, noise_floor
+from night.record import Checkout, Night
+from night.rules import Training, due_decisions, gains_of, needed, needed_on_cluster, next_step, noise_floor
 
 S, A, B, C = (letter * 40 for letter in "0abc")  # the start, and ideas
 BASE = [(S, 1, 0.995), (S, 2, 1.0), (S, 3, 1.005)]  # the noise floor is 0.010, so each step takes more than 0.0025
@@ -322,6 +323,91 @@ def test_a_hand_decision_is_never_superseded_by_the_rule():
 def test_what_is_simpler_is_kept_if_its_second_run_is_not_worse(second, verdict):
     wish = decision_line(A, "simpler", "hand")
     assert night_of(*BASE, (A, 1, 1.001), wish, (A, 2, second), at=A).attempt(A).verdict == verdict
+
+
+# --------------------------------------
+# Waves
+
+
+def wave_of(*lines, ideas=(A, B), out=(), **changes):
+    """A night with these runs, whose ideas are in worktrees, on the first commit."""
+    worktrees = {commit[:1]: Checkout((S, commit)) for commit in ideas}
+    jobs = [dict(zip(("role", "commit", "seed"), job)) for job in out]
+    night = Night(device="cpu", start=S, line=(S,), worktrees=worktrees, out=jobs, on_cluster=True)
+    vars(night).update(changes)
+    return record(night, *lines)
+
+
+def ideas(*pairs):
+    return [Training("idea", commit, seed) for commit, seed in pairs]
+
+
+BASELINE = [Training("baseline", S, seed) for seed in (1, 2, 3)]
+WINNERS = [*GOOD, *((B, seed, 0.98) for seed in (1, 2, 3))]
+SENT = {  # night -> what is sent
+    "all at once": (wave_of(), BASELINE + ideas((A, 1), (B, 1))),
+    "what is out is not sent": (wave_of(out=[("baseline", S, 1), ("idea", B, 1)]), BASELINE[1:] + ideas((A, 1))),
+    "until the bar is known, only first runs": (wave_of(BASE[0], GOOD[0]), BASELINE[1:] + ideas((B, 1))),
+    "then all that may decide": (wave_of(*BASE, GOOD[0]), ideas((A, 2), (A, 3), (B, 1))),
+    "a seed that was disturbed": (wave_of(*BASE, GOOD[0], (A, 2, "disturbed"), ideas=[A]), ideas((A, 2), (A, 3))),
+    "not a discard": (wave_of(*BASE, (A, 1, 1.1)), ideas((B, 1))),
+    "one commit in two worktrees": (
+        wave_of(*BASE, worktrees={"x": Checkout((S, A)), "y": Checkout((S, A))}),
+        ideas((A, 1)),
+    ),
+    "a chain": (wave_of(*BASE, GOOD[0], worktrees={"x": Checkout((S, A, B))}), ideas((A, 2), (A, 3), (B, 1))),
+    "not on top of a discard": (wave_of(*BASE, (A, 1, 1.1), worktrees={"x": Checkout((S, A, B))}), []),
+    "not on an older keep": (replace(wave_of(*KEPT, ideas=[A]), worktrees={"x": Checkout((S, B))}), []),
+    "nor with another prepare.py": (wave_of(*BASE, worktrees={"x": Checkout((S, A), other_files=("prepare.py",))}), []),
+    "HEAD, too": (wave_of(*BASE, ideas=[A], line=(S, B)), ideas((A, 1), (B, 1))),
+    "at the end what has begun": (wave_of(*BASE, GOOD[0], until="3"), ideas((A, 2), (A, 3))),
+    "not what has not": (wave_of(*BASE, until="3"), []),
+    "no final runs while something is out": (wave_of(*KEPT, ideas=[A], out=[("idea", B, 1)], until="6"), []),
+    "then all": (
+        wave_of(*KEPT, ideas=[A], until="6"),
+        [Training("final", commit, seed) for seed in (4, 5) for commit in (S, A)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_what_is_sent_to_a_cluster(name):
+    night, trainings = SENT[name]
+    assert needed_on_cluster(night) == trainings
+
+
+def verdicts(night):
+    return [night.attempt(commit).verdict for commit in (A, B, C)]
+
+
+def test_the_best_of_a_wave_is_kept_when_nothing_of_it_is_out_or_needed():
+    assert verdicts(wave_of(*BASE, *WINNERS)) == ["discard", "keep", ""]
+    assert wave_of(*BASE, *WINNERS).attempt(A).decision.reason == "it could be kept, too: combine with bbbbbbb"
+    assert verdicts(wave_of(*BASE, *WINNERS, ideas=(A, B, C))) == ["", "", ""]
+    assert verdicts(wave_of(*BASE, *WINNERS, (C, 1, 1.1), ideas=(A, B, C))) == ["discard", "keep", "discard"]
+    assert verdicts(wave_of(*BASE, *WINNERS, (C, 1, 0.99), ideas=(A, B, C), out=[("idea", C, 2)])) == ["", "", ""]
+    night = wave_of(*BASE, *WINNERS, (C, 1, 1.1), ideas=(A, B, C), out=[("idea", C, 2)])
+    assert verdicts(night) == ["discard", "keep", "discard"]  # whatever the rest of a discard says
+    assert next_step(wave_of(*BASE, *WINNERS)).command == back(B)
+
+
+def test_nothing_of_a_wave_is_judged_before_the_bar_is_known():
+    for first in range(3):
+        runs = [*BASE[:first], (A, 1, 1.1), *BASE[first:]]
+        for count in range(len(runs)):
+            assert verdicts(wave_of(*runs[:count]))[0] == ""
+        assert verdicts(wave_of(*runs))[0] == "discard"
+    assert verdicts(wave_of(BASE[0], (A, 1, "crash")))[0] == "discard"
+
+
+def test_what_comes_next_in_a_wave():
+    assert next_step(wave_of(out=[("baseline", S, 1)])).reason.startswith("jobs are out, 1 of them")
+    assert next_step(wave_of(*BASE)).command == rules.WAVE_RUN
+    assert next_step(wave_of(ideas=[])).command == rules.WAVE_RUN  # the baseline
+    assert next_step(wave_of(ideas=[], on_cluster=False)).command == RUN
+    assert next_step(wave_of(*BASE, (A, 1, 1.1), (B, 1, 1.1))).command == IDEA
+    gone = wave_of(*BASE, (A, 1, 0.99), ideas=[])
+    assert gone.attempt(A).decision.reason == "left" and next_step(gone).command == IDEA
 
 
 # --------------------------------------

@@ -1,13 +1,11 @@
 """
-Finds what sends, judges or repeats the trainings of a wave wrongly, and clusters that meet or outlive each other: one
-story with real trainings on a real Ray cluster of two nodes, the rest without Ray.
+Checks what sends, judges, repeats or loses the trainings of a wave: one story on a real Ray cluster of two nodes, the
+rest without Ray.
 """
 
 import contextlib
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import socket
@@ -15,24 +13,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
+from types import SimpleNamespace
 
 import pytest
-
-pytest.skip("waves move to the record of the night next", allow_module_level=True)
-
-from conftest import WEAK, Agent, new_repository, replace, wait_for, weaken
+from conftest import Agent, new_repository, replace, wait_for
 
 import prepare
 from harness.journal import read_journal
-from swarm import cluster, wave, worktrees
-from swarm.job import RESULT, TRAINING, judge
+from night.rules import WAVE_RUN
+from swarm import cluster, wave
 
 WRONG = {
-    "new": ["base", "results", "a/b", ".."],
-    "submit": ["", "base", "base:6", "base:0", "base:1-2", "a/b:1", "base:1 --cpus 0", "base:1 --gpus 1 --cpus 1"],
-    "stop": ["--for"],
-    "collect": ["--wait soon"],
+    "new": ["", "a/b", "..", "-x"],
+    "commit": ["", "deeper"],
+    "run": ["--cpus 0", "--gpus 1 --cpus 1", "--wait soon", "--wait 0", "deeper"],
+    "submit": [""],
     "": [""],
 }
 
@@ -45,322 +40,372 @@ def test_lines_that_are_refused(command, capsys):
         assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.fixture
-def folder(tmp_path, environment, monkeypatch):
-    """A repository with two commits, and the wave's modules in it."""
-    folder = new_repository(tmp_path / "a clone", environment)
-    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_NOSYSTEM"):
-        monkeypatch.setenv(name, environment[name])
-    for module in (cluster, wave, worktrees):
-        monkeypatch.setattr(module, "ROOT", folder, raising=False)
-        monkeypatch.setattr(module, "WAVE", folder / "wave")
-    monkeypatch.setattr(cluster, "CLUSTER", folder / "wave" / "cluster.json")
-    (folder / "wave").mkdir()
-    worktrees.call_git("commit", "-q", "--allow-empty", "-m", "second")
-    return folder
-
-
-def test_names_of_commits(folder):
-    first, second = worktrees.call_git("rev-list", "--reverse", "HEAD").split()
-    worktrees.add("deeper", second)
-    known = [first, second]
-    for name, commit in {"base": first, "deeper": second, second[:7]: second, second: second}.items():
-        assert worktrees.find_commit(name, first, known) == commit
-    unknown = ": no worktree in wave/ and no commit"
-    refused = [
-        ("wider" + unknown, worktrees.find_commit, ["wider", first, known]),
-        (second[:6] + unknown, worktrees.find_commit, [second[:6], first, known]),
-        ("0123456" + unknown, worktrees.find_commit, ["0123456", first, known]),
-        ("deeper" + unknown, worktrees.find_commit, ["deeper", first, [first]]),  # it was moved out of the night
-        ("there is no wave/wider", worktrees.commit, ["wider", "an idea"]),
-        ("wave/deeper/train.py has no changes", worktrees.commit, ["deeper", "an idea"]),
-        ("wave/deeper exists", worktrees.new, ["deeper"]),
-    ]
-    for reason, function, arguments in refused:
-        with pytest.raises(SystemExit, match=f"^{reason}"):
-            function(*arguments)
-    replace(folder / "wave" / "deeper" / "train.py", (r"\Z", "# not committed\n"))
-    with pytest.raises(SystemExit, match="^wave/deeper/train.py has changes, commit them"):
-        worktrees.find_commit("deeper", first, known)
-    assert worktrees.remove_all() == ["wave/deeper"]
-    assert worktrees.call_git("for-each-ref", "--format=%(objectname)", "refs/tries") == second  # not lost with it
-
-
-def test_what_is_sent(folder):
-    """One commit with its .git, not the one before, and nothing that is ignored or new."""
-    commit = worktrees.call_git("rev-parse", "HEAD")
-    for name in ("results.tsv", "new.py"):
-        (folder / name).write_text("mine")
-    worktrees.store(commit)
-    with worktrees.clone(commit) as sent:
-        assert worktrees.call_git("-C", sent, "rev-list", "--all", "HEAD") == commit
-        assert worktrees.call_git("-C", sent, "status", "--porcelain", "--ignored") == ""
-        files = worktrees.call_git("ls-tree", "--name-only", commit).split()
-        assert sorted(os.listdir(sent)) == sorted([".git", *files])
-    assert not Path(sent).exists()
-
-
-def test_the_command_of_a_job():
-    record = {"id": "local-T64", "dataset": "local", "arguments": "--text 'my notes' --seq-len 64"}
-    words = shlex.split(wave.entrypoint(record, 3))
-    assert words[:-1] == ["python", "swarm/job.py", "local-T64", "3"]
-    assert shlex.split(words[-1]) == ["--dataset", "local", "--text", "my notes", "--seq-len", "64"]
-
-
-OUT = {"commit": "a" * 40, "seed": 1, "attempt": 1, "state": "out", "job": "night-aaaaaaa-1-1"}
-LOST, SCORED = OUT | {"state": "lost"}, OUT | {"state": "scored", "val_bpb": 1.0}
-DISTURBED = {"time": "first"}
-ATTEMPTS = {  # results -> the number of the next attempt, if there is one
-    "first": ([], 1),
-    "out": ([OUT], None),
-    "another seed is out": ([OUT | {"seed": 2}], 1),
-    "another commit is out": ([OUT | {"commit": "b" * 40}], 1),
-    "scored": ([SCORED], None),
-    "disturbed": ([SCORED | DISTURBED], 2),
-    "disturbed, then well": ([SCORED | DISTURBED, SCORED | {"attempt": 2, "time": "later"}], None),
-    "crash": ([OUT | {"state": "crash"}], None),
-    "lost ten times": ([LOST, LOST | {"attempt": 10}, LOST | {"attempt": 2}], 11),
-    "lost, then out": ([LOST, OUT | {"attempt": 2}], None),
-}
-
-
-@pytest.mark.parametrize("results, attempt", ATTEMPTS.values(), ids=ATTEMPTS)
-def test_what_is_sent_again(results, attempt):
-    number, reason = wave.next_attempt("a" * 40, 1, results, [SCORED | DISTURBED])
-    assert (bool(reason), number or None) == (attempt is None, attempt)
-
-
-BEGUN = f"Running entrypoint\n{TRAINING} 1 on node\ncommit aaaaaaa, seed 1, local\n"
-RUN = {"commit": "a" * 40, "seed": 1, "val_bpb": 1.25}
-SCORE = BEGUN + RESULT + json.dumps(RUN) + "\n"
-ENDS = {  # exit code, log -> state and reason
-    "scored": (0, SCORE, "scored: None"),
-    "scored, then an error": (1, SCORE, "scored: None"),
-    "crash": (1, f"{BEGUN}{RESULT}not it\nSyntaxError: x\n\n", "crash: SyntaxError: x"),
-    "long line": (1, BEGUN + 200 * "x", "crash: " + 160 * "x"),
-    "taken": (1, f"{BEGUN}another training is running (7)\n", "lost: its device was taken: another training is"),
-    "no network": (1, "uv: error: no network\n", "lost: its node was not ready: uv: error: no network"),
-    "no python": (127, "", "lost: its node was not ready: "),
-    "node": (None, "", "lost: its node went: the node died"),
-    "killed": (-9, BEGUN, "lost: its node went: the node died"),
-}
-
-
-@pytest.mark.parametrize("exit_code, log, end", ENDS.values(), ids=ENDS)
-def test_ends(exit_code, log, end):
-    found = judge(exit_code, "the node died\nand more", log)
-    assert f"{found['state']}: {found.get('reason')}".removesuffix(" running (7)") == end
-    if found["state"] == "scored":
-        assert found == RUN | {"state": "scored"}
-
+# --------------------------------------
+# Requests
 
 PROXIES = {
-    "none": ({}, "10.0.0.5"),
-    "some": ({"NO_PROXY": "a.org"}, "a.org,10.0.0.5"),
-    "lower case goes first": ({"no_proxy": "b.org", "NO_PROXY": "a.org"}, "b.org,10.0.0.5"),
+    "none": ({}, "127.0.0.1"),
+    "some": ({"NO_PROXY": "a.org"}, "a.org,127.0.0.1"),
+    "lower case goes first": ({"no_proxy": "b.org", "NO_PROXY": "a.org"}, "b.org,127.0.0.1"),
 }
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("before, after", PROXIES.values(), ids=PROXIES)
 def test_requests_take_no_proxy(before, after, monkeypatch):
-    environment = {"http_proxy": "http://127.0.0.1:1", **before}
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+    environment = {"http_proxy": "http://127.0.0.1:1", cluster.ADDRESS: address, **before}
     monkeypatch.setattr(os, "environ", environment)
-    cluster.prepare_requests("http://10.0.0.5:8265")
+    with pytest.raises(SystemExit, match="does not answer: .*ray start --head`, then `export"):
+        cluster.connect()
     assert environment["no_proxy"] == environment["NO_PROXY"] == after
+
+
+def test_the_cluster_has_to_be_named(monkeypatch):
+    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    with pytest.raises(SystemExit, match="ray start --head`, then `export RAY_API_SERVER_ADDRESS=http"):
+        cluster.connect()
+    monkeypatch.setenv(cluster.ADDRESS, "10.0.0.5")
     with pytest.raises(SystemExit, match="must be like http"):
-        cluster.prepare_requests("10.0.0.5")
+        cluster.connect()
 
 
-def test_a_cluster_has_ports_of_its_own_and_ends(folder, monkeypatch, capsys):
-    """With a stand-in for `ray`, which says what it was called with."""
-    ray = folder.parent / "ray"
-    ray.write_text('#!/bin/sh\necho "$@"\nexec sleep 1000\n')
-    ray.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(folder.parent / "python"))
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
-    log = folder / "wave" / "cluster.log"
-    monkeypatch.setattr(cluster, "living_nodes", lambda address: log.read_text() or sys.exit("not yet"))
-    begun = cluster.begin()
-    ports = re.findall(r"port=(\d+)", log.read_text())
-    assert len(set(ports)) == len(ports) == 4 and not {"6379", "8265", "10001", "52365"} & set(ports)
-    assert urlsplit(begun["address"]).hostname == "127.0.0.1" and str(urlsplit(begun["address"]).port) in ports
-    assert "--dashboard-host=127.0.0.1" in log.read_text()
-    assert cluster.begin() == begun and "is running already" in capsys.readouterr().out
+def node(ip, **resources):
+    resources = {name.replace("kind_", cluster.KIND): amount for name, amount in resources.items()}
+    return SimpleNamespace(node_ip=ip, resources_total=resources)
 
-    # while it does not answer, no second one begins
-    monkeypatch.setattr(cluster, "living_nodes", lambda address: sys.exit("no answer"))
-    with pytest.raises(SystemExit, match="does not answer"):
-        cluster.begin()
-    cluster.end()
-    assert not cluster.is_taken() and not Path(begun["folder"]).exists()
-    with pytest.raises(SystemExit, match="^no wave here: uv run --group cluster swarm/wave.py start"):
-        cluster.end()
 
-    # after a reboot nobody holds the lock, and its pid may be that of another process
-    monkeypatch.setattr(os, "kill", lambda pid, number: pytest.fail("this process is not ours"))
-    cluster.CLUSTER.write_text(json.dumps(begun))
-    cluster.end()
+H100, H200 = node("a", CPU=16, GPU=8, kind_H100=1), node("b", CPU=16, GPU=8, kind_H200=1)
+H20, LOGIN, SMALL = node("c", CPU=16, GPU=8, kind_H20=1), node("d", CPU=8), node("e", CPU=2)
+ONE_GPU = {"entrypoint_num_gpus": 1}
+SLOTS = {  # nodes, device of the night, what is wanted -> what a training takes, the nodes that are not used
+    "CPUs": ([LOGIN, SMALL, node("f")], "cpu", {}, {"entrypoint_num_cpus": 2}, ""),
+    "wanted": ([LOGIN, SMALL], "cpu", {"entrypoint_num_cpus": 8}, {"entrypoint_num_cpus": 8}, ""),
+    "GPUs": ([LOGIN, H100], "NVIDIA H100 80GB HBM3", {}, ONE_GPU, ""),
+    "two kinds": (
+        [H100, H20, H200],
+        "NVIDIA H200",
+        {},
+        ONE_GPU | {"entrypoint_resources": {"accelerator_type:H200": 0.001}},
+        "H200: a, c",
+    ),
+    "two kinds, neither is known": ([H100, H20], "", {}, ONE_GPU, ""),
+    "two kinds, CPUs are wanted": (
+        [H100, H20],
+        "NVIDIA H20",
+        {"entrypoint_num_cpus": 1},
+        {"entrypoint_num_cpus": 1},
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_what_a_training_takes(name, capsys):
+    nodes, device, wanted, slot, others = SLOTS[name]
+    assert cluster.choose_slot(nodes, device, wanted) == slot
+    assert others in capsys.readouterr().out
+
+
+SCORED = 'RESULT {"exit": 0, "ended": null, "scored": {"val_bpb": 1.0}}'
+ENDS = {  # exit code, log -> how it ended, what is saved of the log
+    "scored": (
+        0,
+        f"Running\nval_bpb: 1\n\n{SCORED}\n",
+        {"exit": 0, "ended": None, "scored": {"val_bpb": 1.0}},
+        "Running\nval_bpb: 1\n",
+    ),
+    "the training prints the word": (
+        0,
+        f"RESULT none\n{SCORED}",
+        {"exit": 0, "ended": None, "scored": {"val_bpb": 1.0}},
+        "RESULT none",
+    ),
+    "no network": (
+        1,
+        "uv: error: no network\n",
+        "its node was not ready: uv: error: no network",
+        "uv: error: no network\n",
+    ),
+    "no python": (127, "", "its node was not ready: no output", ""),
+    "node": (None, None, "its node went: it died", None),
+    "ended by Ray": (-15, "Running\n", "its node went: it died", "Running\n"),
+}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", ENDS)
+def test_ends_of_jobs(name, tmp_path):
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    code, log, end, saved = ENDS[name]
+    client = SimpleNamespace(get_job_logs=lambda job: log)
+    job = SimpleNamespace(submission_id="job", driver_exit_code=code, message="it died\nand more")
+    if isinstance(end, str):
+        end = {"exit": None, "lost": end}
+    assert wave.read_end(client, job, tmp_path / "log") == end
+    assert saved is None or (tmp_path / "log").read_text() == saved
 
 
 # --------------------------------------
-# The story
+# A night whose trainings are scripts
 
+TRAIN = """
+import json, os, time
+from pathlib import Path
+
+SCORE = 1.0
+home = Path(os.environ["AUTORESEARCH_HOME"])
+while (home / "hold").exists():
+    time.sleep(0.05)
+line = json.loads(Path("line.json").read_text())
+line |= {"run": os.environ["AUTORESEARCH_RUN"], "commit": os.environ["AUTORESEARCH_COMMIT"]}
+line |= {"seed": int(os.environ["AUTORESEARCH_SEED"]), "folder": os.getcwd()}
+line["val_bpb"] = SCORE + line["seed"] / 1000
+with open(home / os.environ["AUTORESEARCH_BENCHMARK"] / "journal.jsonl", "a") as journal:
+    journal.write(json.dumps(line) + "\\n")
+"""
+LINE = {"time": "2026-11-28T01:00:00+00:00", "dirty": False, "steps": 100, "tokens": 6400, "holdout_bpb": 1.5}
+LINE |= {"training_seconds": 3.0, "peak_memory_mb": 2048.0, "slow_steps_percent": 0.0, "device": "cpu test x2"}
+
+# Makes one environment, slowly; another one fails beside it and after it
 SYNC = """#!/bin/sh
 if [ "$1" = sync ]; then
-  mkdir "$UV_PROJECT_ENVIRONMENT" && sleep 1 # another one fails, while this one works and after it
-  exit
+  mkdir "$UV_PROJECT_ENVIRONMENT" "$UV_PROJECT_ENVIRONMENT/bin" && sleep 1
+  printf '#!/bin/sh\\nexec {python} "$@"\\n' > "$UV_PROJECT_ENVIRONMENT/bin/python"
+  exec chmod +x "$UV_PROJECT_ENVIRONMENT/bin/python"
 fi
 """
-WAIT = "while (prepare.HOME / '{}').exists(): time.sleep(0.1)\n"  # until a test removes that file
-SLIP = [(r"^def norm\(x\):", "def norm(x:")]
-GOOD = [
-    *((rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK),
-    (r"^while \(prepare.*\n", ""),
-    (r"^    clock.start\(\)", rf"    print('has the device', flush=True)\n    {WAIT.format('stay')}\g<0>"),
-]
 
 
 class Sender(Agent):
-    def wave(self, *words, code=0):
-        """What `wave.py` prints."""
-        process = self.run("swarm/wave.py", *words)
-        assert process.returncode == code, process.stdout + process.stderr
-        return process.stdout + process.stderr
+    """A repository on the branch of a night, with its own home."""
 
-    def results(self):
-        return {path.stem: json.loads(path.read_text()) for path in self.folder.glob("wave/results/*.json")}
+    def __init__(self, folder, environment):
+        super().__init__(folder, environment, {})
+        self.home = Path(environment["AUTORESEARCH_HOME"])
+        self.place = folder / ".git" / "autoresearch" / "night"
 
-    def collect(self, *jobs):
-        """Collect until none of these is out; all that was printed."""
-        output = ""
-        while not output or any(self.results()[job]["state"] == "out" for job in jobs):
-            assert output.count("next: ") < 10, output
-            output += self.wave("collect", "--wait", "60")
+    def python(self, *command, code=0):
+        process = self.run(*command)
+        output = process.stdout + process.stderr
+        assert process.returncode == code and "Traceback" not in output, output
         return output
+
+    def wave(self, *words, code=0):
+        return self.python("swarm/wave.py", *words, code=code)
+
+    def idea(self, name, *edits):
+        """A commit in a worktree of its own: its hash."""
+        assert f"next: edit wave/{name}/train.py; " in self.wave("new", name)
+        self.edit(*edits, file=f"wave/{name}/train.py")
+        assert WAVE_RUN in self.wave("commit", name, f"the {name} one; expect 0")
+        return self.git("-C", f"wave/{name}", "rev-parse", "HEAD").strip()
+
+    def night(self):
+        return json.loads(self.python("ledger.py", "--json"))
+
+    def states(self, commit):
+        """State and seed of each of its runs."""
+        return [f"{run['state']} {run['seed']}" for run in self.night()["runs"] if run["commit"] == commit]
+
+    def jobs(self):
+        return sorted(self.place.glob("jobs/*.json"))
 
 
 @pytest.fixture
 def sender(environment, prepared, tmp_path):
-    """A night whose baseline waits where its home has a file `hold`. Its uv makes one environment a home, once."""
-    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
-    (prepare.HOME / "current").write_text(prepared)
-    replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC))
-    environment["RAY_health_check_period_ms"] = "500"  # so that a node that is gone is missed after 3 s, not 15
-    environment["http_proxy"] = "http://127.0.0.1:1"  # there is none
-    sender = Sender(new_repository(tmp_path / "clone", environment), environment, {})
+    replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC.replace("{python}", sys.executable)))
+    home = tmp_path / "home"
+    shutil.copytree(prepare.HOME / prepared, home / prepared, ignore=lambda *_: ["journal.jsonl", "best.pt"])
+    (home / "current").write_text(prepared)
+    environment |= {"AUTORESEARCH_HOME": str(home), "http_proxy": "http://127.0.0.1:1"}  # there is none
+    sender = Sender(new_repository(tmp_path / "a clone", environment), environment)
+    (sender.folder / "train.py").write_text(TRAIN)
+    (sender.folder / "line.json").write_text(json.dumps(LINE))
     (sender.folder / "pyproject.toml").write_text("")
-    weaken(sender.folder)
-    sender.edit(("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py")  # with two trainings any step may be late
-    sender.edit((r"^import prepare\b.*\n", rf"\g<0>import time\n{WAIT.format('hold')}"))
-    sender.git("add", "pyproject.toml")
-    sender.git("commit", "-qam", "weak")
-    assert sender.run("ledger.py", "start", "my-night").returncode == 0
-    yield sender
-    (prepare.HOME / "hold").unlink(missing_ok=True)
-    sender.run("swarm/wave.py", "stop", "--force")
+    sender.edit(("^BASELINE_SEEDS = .*", "BASELINE_SEEDS = (1, 2)"), file="night/rules.py")
+    sender.git("add", "-A")
+    sender.git("commit", "-qm", "scripts")
+    environment[cluster.ADDRESS] = "http://127.0.0.1:1"
+    sender.python("ledger.py", "start", "night", "--until", "never")
+    return sender
 
 
-@pytest.fixture
-def second_node(sender):
-    """A function that joins another node, with a home and locks of its own, as another machine has; and its folder."""
-    folder = Path(tempfile.mkdtemp(prefix="node-", dir="/tmp"))  # sockets have short paths
-    nodes = []
+def test_worktrees(sender):
+    kept = sender.head()
+    assert f"wave/deeper is on the last keep, {kept}" in sender.wave("new", "deeper")
+    assert "wave/deeper exists" in sender.wave("new", "deeper", code=1)
+    assert "there is no wave/wider" in sender.wave("commit", "wider", "an idea", code=1)
+    assert "wave/deeper/train.py has no changes" in sender.wave("commit", "deeper", "an idea", code=1)
 
-    def join(begun):
-        line = re.search("joins with: uv run --group cluster ray (start .*)", begun)[1]
-        command = [Path(sys.executable).with_name("ray"), *line.split(), "--block", "--num-cpus=3"]
-        command += ["--disable-usage-stats", f"--dashboard-agent-listen-port={cluster.free_ports(1)[0]}"]
-        here = sender.environment | {"AUTORESEARCH_HOME": str(folder / "home"), "TMPDIR": str(folder)}
-        with open(folder / "log", "w") as log:
-            nodes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
-        return nodes[0]
+    # only its train.py is committed, and sent
+    sender.edit((r"\Z", "# deeper\n"), file="wave/deeper/train.py")
+    (sender.folder / "wave" / "deeper" / "ledger.py").write_text("")
+    sender.wave("commit", "deeper", "an idea")
+    assert sender.git("-C", "wave/deeper", "show", "--format=%s", "--name-only") == "an idea\n\ntrain.py\n"
+    assert "next: " + WAVE_RUN in sender.python("ledger.py")
+    assert "an idea in a worktree needs a run" in sender.python("ledger.py")
 
-    yield join, folder
-    for node in nodes:
+    # what has changes stays; nothing is forgotten
+    commit = sender.git("-C", "wave/deeper", "rev-parse", "HEAD").strip()
+    sender.wave("new", "wider")
+    assert "wave/deeper stays: it has changes" in sender.wave("clean")
+    assert [path.name for path in (sender.folder / "wave").iterdir()] == ["deeper"]
+    sender.git("-C", "wave/deeper", "checkout", "-q", "--", "ledger.py")
+    sender.wave("clean")
+    assert not list((sender.folder / "wave").iterdir())
+    assert commit in sender.git("for-each-ref", "--format=%(objectname)", "refs/tries")
+    assert WAVE_RUN in sender.python("ledger.py", "run", code=1)  # this night trains on a cluster
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+
+
+class Ray:
+    """Nodes on this machine, each with a home and locks of its own, as machines have."""
+
+    def __init__(self, environment):
+        self.environment = environment
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets have short paths
+        self.port, self.dashboard = free_ports(2)
+        self.address = f"http://127.0.0.1:{self.dashboard}"
+        self.nodes = []
+
+    def start(self, *words, home, cpus=1):
+        (self.folder / home).mkdir(exist_ok=True)
+        command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", *words]
+        command += [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
+        environment = self.environment | {"AUTORESEARCH_HOME": str(self.folder / home)}
+        environment |= {"RAY_health_check_period_ms": "500"}  # so that a node that is gone is missed after 3 s, not 15
+        environment.pop(cluster.ADDRESS)
+        with open(self.folder / f"{home}.log", "w") as log:
+            options = dict(env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.nodes.append(subprocess.Popen(command, **options))
+        wait_for(lambda: "Ray runtime started" in (self.folder / f"{home}.log").read_text())
+        return self.nodes[-1]
+
+    def head(self, home, cpus=1):
+        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
+        ports += [f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.folder / 'ray'}"]
+        return self.start("--head", *ports, home=home, cpus=cpus)
+
+    def join(self, home, cpus=1):
+        return self.start(f"--address=127.0.0.1:{self.port}", home=home, cpus=cpus)
+
+    def kill(self, node):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(node.pid, signal.SIGKILL)
         node.wait()
-    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def ray(sender):
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    ray = Ray(sender.environment)
+    sender.environment[cluster.ADDRESS] = ray.address
+    yield ray
+    for node in ray.nodes:
+        ray.kill(node)
+    shutil.rmtree(ray.folder)
 
 
 @pytest.mark.story
 @pytest.mark.cluster
-def test_a_wave(sender, second_node, prepared):
+def test_a_wave(sender, ray):
     """
-    The baseline waits on the first node. On the second, which is empty, three jobs begin at once: a crash, a gain whose
-    node is killed, which is sent again, and a second baseline that finds the device taken.
+    Two ideas that are better, and a slip. The second node goes in mid-job, `wave.py run` is killed, Ray is started
+    anew: nothing is lost or run twice.
     """
-    from ray.job_submission import JobSubmissionClient
+    start = sender.git("rev-parse", "HEAD").strip()
+    good = sender.idea("good", ("^SCORE = .*", "SCORE = 0.9"))
+    best = sender.idea("best", ("^SCORE = .*", "SCORE = 0.8"))
+    slip = sender.idea("slip", ("^SCORE = .*", "SCORE = = 1"))
+    one, two = ray.folder / "one", ray.folder / "two"
+    for home in (one, two):
+        home.mkdir()
+        (home / "hold").touch()
 
-    # the first node takes the baseline, the second joins while that waits
-    begun = sender.wave("start")
-    address = re.search(r"^cluster: (\S+),", begun, re.M)[1]
-    client = JobSubmissionClient(address)
-    join, folder = second_node
-    home = folder / "home"
-    home.mkdir()
-    for file in (prepare.HOME / "hold", home / "hold", home / "stay"):
-        file.touch()
-    base = f"my-night-{sender.head()}-1-1"
-    assert f"{base} submitted\n" in sender.wave("submit", "base:1")
-    wait_for(lambda: client.get_job_status(base).value == "RUNNING")
-    second = join(begun)
+    # on the first node the baseline holds on, whoever waits for it; two more trainings begin on the second
+    head = ray.head("one")
+    sender.wave("run", "--wait", "1")
+    assert len(sender.jobs()) == 5 and "jobs are out, 5 of them" in sender.python("ledger.py")
+    wait_for(lambda: trainings(one))
+    node = ray.join("two", cpus=2)
+    lost = wait_for(lambda: len(trainings(two)) == 2 and trainings(two))
+    waiting = sender.start_line(WAVE_RUN)
+    wait_for(lambda: "swarm/wave.py run" in subprocess.check_output(["ps", "-Ao", "args"], text=True))
+    subprocess.run(["pkill", "-KILL", "-f", "swarm/wave.py run"], check=True)
+    waiting.wait()
 
-    # two ideas
-    commits = {}
-    for name, edits in {"slip": SLIP, "good": GOOD}.items():
-        assert f"next: edit wave/{name}/train.py\n" in sender.wave("new", name)
-        sender.edit(*edits, file=f"wave/{name}/train.py")
-        sender.wave("submit", "base:2", f"{name}:1", code=1)  # which is not committed: nothing is sent
-        commits[name] = sender.wave("commit", name, f"the {name} one; expect 0")[:7]
-        assert sender.git("log", "-1", "--format=%s", commits[name]) == f"the {name} one; expect 0\n"
-    good, again, slip = (f"my-night-{commits[name]}-1-{n}" for name, n in (("good", 1), ("good", 2), ("slip", 1)))
-    taken = f"my-night-{sender.head()}-2-1"
-    wait_for(lambda: "Ray runtime started" in (folder / "log").read_text())
+    # the second node goes, with all that runs there
+    ray.kill(node)
+    for run in lost:
+        os.kill(run["pid"], signal.SIGKILL)
+    while len(sender.night()["runs"]) < 2:
+        sender.wave("run", "--wait", "60")
+    for run in sender.night()["runs"]:
+        assert run["state"] == "interrupted" and run["run"] in [other["run"] for other in lost]
+    assert len(sender.jobs()) == 5
 
-    # three jobs begin at once where neither an environment nor a benchmark is
-    sent = sender.wave("submit", "good:1", "slip:1", "base:2", "good:1", "--cpus", "1")
-    assert f"{good} submitted\n{slip} submitted\n{taken} submitted\n" in sent
-    assert f":1 is out already, as {good}\n" in sent
-    assert "jobs are out, such as" in sender.wave("stop", code=1)
-    wait_for(lambda: "has the device" in client.get_job_logs(good))
-    assert (home / "current").read_text() == prepared
-    (home / "hold").unlink()
-    output = sender.collect(slip, taken)
-    assert f"{slip} crash: SyntaxError: " in output and f"{taken} lost: its device was taken: " in output
-    assert f"{good} running\n" in output and "next: uv run ledger.py\n" in output
+    # so does Ray, but its training holds on; another Ray that knows of nothing takes its place
+    ray.kill(head)
+    assert "ray start --head`, then `export" in sender.wave("run", code=1)
+    ray.head("one", cpus=2)
+    sender.wave("run", "--wait", "1", "--cpus", "1")
+    (one / "hold").unlink()
+    run_all(sender)
+    scored = {
+        commit: sorted(run for run in sender.states(commit) if "inter" not in run) for commit in (start, good, best)
+    }
+    assert scored[start] == ["scored 1", "scored 2"] and sender.states(slip)[-1] == "crash 1"
+    assert scored[good] == scored[best] == ["scored 1", "scored 2", "scored 3"]
 
-    # the node goes; meanwhile the baseline runs
-    os.killpg(second.pid, signal.SIGKILL)
-    (prepare.HOME / "hold").unlink()
-    output = sender.collect(base, good)
-    pair = f"{commits['good']}:1"
-    assert re.search(rf"^{good} lost: its node went: .*; send it again: {wave.COMMAND} submit {pair}$", output, re.M)
-    assert re.search(rf"^{base} scored, val_bpb \d\.\d{{6}}$", output, re.M)
+    # the best is kept, and the branch goes with it
+    decisions = {decision["commit"]: decision for decision in sender.night()["decisions"]}
+    assert {commit: decision["decision"] for commit, decision in decisions.items()} == {
+        slip: "discard",
+        good: "discard",
+        best: "keep",
+    }
+    assert decisions[good]["reason"].endswith(f"combine with {best[:7]}")
+    assert "SyntaxError" in decisions[slip]["reason"]
+    assert sender.git("rev-parse", "autoresearch/night", "HEAD").split() == [best, best]
+    sender.wave("clean")
+    assert not list((sender.folder / "wave").iterdir())
 
-    # nothing but that is sent again
-    output = sender.wave("submit", pair, "slip:1", "base:1")
-    assert f"{again} submitted\n" in output and output.count("has run already") == 2
-    sender.collect(again)
+    # all final runs at once
+    sender.python("ledger.py", "until", "now")
+    (one / "hold").touch()
+    sender.wave("run", "--wait", "1")
+    assert len(sender.jobs()) == 4
+    (one / "hold").unlink()
+    assert "the gain to report, on fresh seeds: +0.200000" in run_all(sender)
+    journal = read_journal(sender.home / sender.night()["benchmark"])
+    assert len(journal) == len({line["run"] for line in journal}) == 2 + 3 + 3 + 4
+    assert {line["run"] for line in journal} == {run["run"] for run in sender.night()["runs"] if run["val_bpb"]}
+    assert all(line["holdout_bpb"] == 1.5 for line in journal)
 
-    # what is known of them is what the node's journal has
-    found = sender.results()
-    runs = {run["commit"]: run for run in read_journal(prepare.HOME / prepared)}
-    for job, attempt in {base: 1, again: 2}.items():
-        run = runs[found[job]["commit"]]
-        assert run["dirty"] is False and run["benchmark"] == prepared and run["seed"] == 1
-        assert found[job] == run | {"job": job, "tag": "my-night", "attempt": attempt, "state": "scored"}
-        assert "val_bpb: " in (sender.folder / "wave" / "results" / f"{job}.log").read_text()
-    assert {entry.submission_id for entry in client.list_jobs()} == set(found) == {base, good, again, slip, taken}
+    # the node's benchmark was made by its first job, and is current nowhere; each run had files of its own
+    assert not (one / "current").exists() and len(list(one.glob("venv-*"))) == 1
+    assert len({line["folder"] for line in read_journal(one / sender.night()["benchmark"])}) == len(journal)
 
-    # another night may use this cluster, and does not end it
-    guest = Sender(sender.folder.parent / "guest", sender.environment | {"RAY_API_SERVER_ADDRESS": address}, {})
-    sender.git("clone", "-q", ".", str(guest.folder))
-    assert f"cluster: {address}, nodes: 1" in guest.wave("start")
-    assert "keeps running" in guest.wave("stop")
-    assert "has ended" in sender.wave("stop")
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", urlsplit(address).port))
-    assert len(sender.git("worktree", "list").splitlines()) == 1
-    assert len(sender.git("for-each-ref", "refs/tries").splitlines()) == 3
+
+def trainings(home):
+    """The trainings that go on on the node with this home."""
+    states = [json.loads(path.read_text()) for path in home.glob("jobs/*/run.json")]
+    return [state for state in states if "pid" in state]
+
+
+def run_all(sender):
+    """Run until something else comes next: what the last `run` printed."""
+    for _ in range(20):
+        output = sender.wave("run", "--wait", "60", "--cpus", "1")
+        if f"next: {WAVE_RUN}" not in output:
+            return output
+    raise AssertionError(output)
