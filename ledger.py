@@ -17,7 +17,6 @@ writes the night's record, rules.py decides, runner.py trains, view.py writes re
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import statistics
@@ -27,7 +26,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 
 from harness import common
-from harness.common import OneLineParser, find_home, git, now
+from harness.common import OneLineParser, find_home, git, now, run_command
 from harness.journal import flags, read_journal
 from night import checks, runner
 from night.record import NoNight, append, find_tag, read_night, recording
@@ -439,9 +438,6 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-
-    # a terminal that cannot print a description shows ? in it
-    sys.stdout.reconfigure(errors="replace")
     if options.command == "start":
         start(options.tag, options.until)
     elif options.command == "run":
@@ -459,10 +455,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +54,18 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def run_command(main):
+    """Run the main() of a program that prints lines. Where nobody reads on (`| head`) it ends; so it does at Ctrl-C."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a description shows ? in it
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def now():
@@ -125,30 +138,53 @@ def explain(error):
 class GitAnswer(NamedTuple):
     worked: bool
     output: str  # "" if it failed
-    complaint: str
+    complaint: str  # the line that says why
 
 
-def git(*words, folder=None, seconds=None):
-    """Run git in a folder, by default that of the repository, whatever the user's configuration: GitAnswer."""
+def git(*words, folder=None, seconds=None, text=""):
+    """
+    Run git in a folder, by default that of the repository, whatever the user's configuration: GitAnswer. `text` is what
+    it reads.
+    """
     seconds = seconds or GIT_SECONDS
     settings = []
     for name, value in GIT_SETTINGS.items():
         settings += ["-c", f"{name}={value}"]
-    options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     options |= dict(cwd=folder or ROOT, env=os.environ | GIT_ENVIRONMENT)
     try:
         process = subprocess.Popen(["git", *settings, *words], **options)
     except FileNotFoundError:
         return GitAnswer(False, "", "git is not installed")
     try:
-        output, complaint = process.communicate(timeout=seconds)
+        output, complaint = process.communicate(text.encode(), timeout=seconds)
     except subprocess.TimeoutExpired:
         end_group(process)
         return GitAnswer(False, "", f"no answer for {seconds} s, does it wait for a passphrase?")
-    complaint = complaint.decode(errors="replace").strip()
     if process.returncode != 0:
-        return GitAnswer(False, "", complaint)
-    return GitAnswer(True, output.decode(errors="replace").strip(), complaint)
+        return GitAnswer(False, "", reason_of(complaint.decode(errors="replace")))
+    return GitAnswer(True, output.decode(errors="replace").strip(), "")
+
+
+def reason_of(complaint):
+    """The line of git's words that says why it failed; hooks and transports write into them, too."""
+    found = re.search(r"^ *(fatal:|error:|ERROR:|!).*", complaint, re.M)
+    if found:
+        return first_line(found[0])
+    return first_line(complaint.strip() or "git gives no reason")
+
+
+def call_git(*words, **options):
+    """The output of git. Raises SystemExit, one line, if it fails."""
+    answer = git(*words, **options)
+    if not answer.worked:
+        raise SystemExit(f"git {words[0]}: {answer.complaint}")
+    return answer.output
+
+
+def resolve(name):
+    """The full hash of what a name means, "" if git does not know it or it means several things."""
+    return git("rev-parse", "--verify", "-q", name).output
 
 
 def end_group(process):

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from harness import common
-from harness.common import COMPILER, find_home, first_line, git
+from harness.common import COMPILER, find_home, first_line, git, resolve
 from night.record import find_place
 
 LOCK_SECONDS = 5  # for another process that looks at the same moment
@@ -51,7 +51,7 @@ def git_problems(tag):
         return [
             f"this folder lies inside another repository, {top}, and resets would change that: move it out of there"
         ]
-    if not git("rev-parse", "--verify", "-q", "HEAD").worked:
+    if not resolve("HEAD"):
         return [*identity_problems(), "nothing is committed here yet: git add -A && git commit -m start"]
     return [*branch_problems(tag), *identity_problems(), *state_problems()]
 
@@ -61,14 +61,14 @@ def branch_problems(tag):
     is_name = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", tag)  # of a night on a hub: tag/agent
     if not is_name or not git("check-ref-format", "--branch", f"autoresearch/{tag}").worked:
         found.append(f"'{tag}' can't name a branch: use letters, digits, - and _")
-    elif git("rev-parse", "--verify", "-q", f"refs/heads/autoresearch/{tag}").worked:
+    elif resolve(f"refs/heads/autoresearch/{tag}"):
         found.append(f"this night exists: take another tag, or go on: git checkout autoresearch/{tag}")
     elif (find_place(tag) / "record.jsonl").exists():
         found.append(f"the night {tag} was here, and its branch is gone: take another tag")
 
     # git keeps branches as files: one of this name leaves no room for a folder
     for parent in sorted({"autoresearch", f"autoresearch/{tag}".rpartition("/")[0]}):
-        if git("rev-parse", "--verify", "-q", f"refs/heads/{parent}").worked:
+        if resolve(f"refs/heads/{parent}"):
             found.append(f"a branch `{parent}` is in the way: git branch -m {parent} old-{parent.replace('/', '-')}")
     return found
 
@@ -173,4 +173,4 @@ def first_commit(tag, words):
         git("update-ref", "--no-deref", "HEAD", commit)
     git("update-ref", "-d", f"refs/heads/{branch}")
     fix = "signing: git config commit.gpgsign false; a hook: git config core.hooksPath /dev/null"
-    raise SystemExit(f"git refuses to commit ({first_line(complaint or 'no reason given')}); {fix}")
+    raise SystemExit(f"git refuses to commit ({complaint}); {fix}")

@@ -21,7 +21,7 @@ from harness.common import append_lines, git, now
 
 LOCK_SECONDS = 60  # for another process that records
 PREFIX = "autoresearch/"  # of the branches of nights
-START_KEYS = {"until", "commit", "benchmark", "device"}
+START_KEYS = ("until", "commit", "benchmark", "device")
 ROLES = ("baseline", "idea", "again", "final")
 STATES = ("scored", "crash", "disturbed", "elsewhere", "interrupted")
 DECISIONS = ("keep", "discard", "simpler")  # the last one: kept if its second run is not worse
@@ -295,15 +295,15 @@ def read_night(tag=None):
     tag = tag or find_tag()
     place = find_place(tag)
     path = place / "record.jsonl"
-    content = path.read_bytes() if path.exists() else b""
-    night = parse_night(tag, content, lambda: start_of(tag))
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    night = parse_night(tag, text, lambda: start_of(tag))
     look_around(night, place)
     return night, place
 
 
-def parse_night(tag, content, find_start):
+def parse_night(tag, text, find_start):
     """The Night of a record, whose first line is asked for where it can't be read."""
-    first, *lines = parse_lines(content) or [None]
+    first, *lines = parse_lines(text) or [None]
     if not is_start(first):
         first = find_start()
     night = Night(tag, str(first["until"]), first["commit"], first["benchmark"], first["device"], time=now())
@@ -317,21 +317,22 @@ def parse_night(tag, content, find_start):
     return night
 
 
-def parse_lines(content):
-    """The lines of a record; None for those that are no JSON."""
-    lines = []
-    for text in content.decode(errors="replace").split("\n"):
-        if not text:
-            continue
-        line = None
+def parse_lines(text):
+    """The lines of a record; None for those that are no JSON, or too long."""
+    found = []
+    for line in filter(None, text.split("\n")):
+        value = None
         with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text[: LONGEST_LINE + 1])  # a longer one is cut, so it can't be read
-        lines.append(line)
-    return lines
+            if len(line) <= LONGEST_LINE:
+                value = json.loads(line)
+        found.append(value)
+    return found
 
 
 def is_start(line):
-    return isinstance(line, dict) and set(line) >= START_KEYS
+    if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in START_KEYS):
+        return False
+    return HASH.fullmatch(line["commit"]) is not None
 
 
 def start_of(tag):

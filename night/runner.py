@@ -28,7 +28,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness import common
-from harness.common import DEVICE_TAKEN, find_home, git, now, printable, write_atomically
+from harness.common import DEVICE_TAKEN, call_git, find_home, git, now, printable, write_atomically
 from harness.journal import SLOW_FLAG
 from night import rules
 from night.record import append, read_jobs
@@ -104,9 +104,7 @@ def write_files(folder, commit):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     archive = folder.with_suffix(".tar")
-    answer = git("archive", "--format=tar", f"--output={archive}", commit)
-    if not answer.worked:
-        raise SystemExit(f"git archive {commit[:7]}: {answer.complaint}")
+    call_git("archive", "--format=tar", f"--output={archive}", commit)
     with tarfile.open(archive) as files:
         files.extractall(folder, filter="data")
     archive.unlink()

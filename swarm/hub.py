@@ -1,107 +1,113 @@
-# ruff: noqa: E402
 """
-A hub: a git remote through which several agents share results, tries and plans. There is no other server.
+A hub: a bare git repository through which several agents share results, tries and plans. There is no other server.
 
     uv run swarm/hub.py join <url> --tag T --agent A    # the first time, and after everything here was lost
-    uv run swarm/hub.py exchange                        # sends new rows, fetches those of others, prints the frontier
+    uv run swarm/hub.py exchange                        # sends new runs, fetches those of others, prints the frontier
     uv run swarm/hub.py                                 # the frontier, without network
-    uv run swarm/hub.py look <word>                     # the last results and messages with a word or a hash
+    uv run swarm/hub.py look <word>                     # the last runs and messages with a word or a hash
     uv run swarm/hub.py say '<what you try next>'       # the others see it before your run
     uv run swarm/hub.py adopt <hash>                    # another's train.py becomes the next experiment here
 
-Only train.py is ever taken from others. notes.py has the shared notes, join.py the first command.
+Only train.py is ever taken from others. share.py has what goes to the hub and comes from it.
 
 Sections: Exchange, Frontier, Look, Adopt, Command line.
 """
 
 import argparse
 import math
-import os
 import re
 import statistics
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ there
 
-sys.exit("hubs do not work at this commit: they move to the record of the night next")
-
-from harness.journal import ROOT, now
-from ledger import OneLineParser, print_next
-from night.checks import run_git
-from night.load import load_night
-from night.rules import next_step
-from night.steps import NEW_IDEA
-from swarm.join import join
-from swarm.notes import (
-    DIGITS,
-    HASH,
-    NAME,
-    NETWORK_SECONDS,
-    add_line,
-    best_pools,
-    comparable,
-    device_of,
-    new_results,
-    printable,
-    read_lines,
-    reason_of,
-    receive,
-    resolve,
-    send,
-)
+import ledger
+from harness.common import OneLineParser, call_git, git, now, printable, resolve, run_command
+from night.record import append, read_night, recording
+from night.rules import NEW_IDEA, bar, next_step, noise_floor, short
+from swarm.share import NAME, NETWORK_SECONDS, join, own_tag, read_agents, receive, send
 
 SHOWN = 20  # lines of `look`
+BEST = 5  # of the frontier
+HASH = "[0-9a-f]{7,64}"
 
 # --------------------------------------
 # Exchange
 
 
 def exchange(message=None):
-    """Share the rows that have no line yet, and a message. Returns the night and its benchmark's record."""
-    night, record, _ = load_night(ROOT)
-    if "/" not in night.tag:
-        raise SystemExit(f"the night {night.tag} is on no hub: join one from a clone of its own")
-    for line in new_results(night, record["id"]):
-        commit = resolve(line["commit"])
-        run_git(ROOT, "update-ref", f"refs/tries/{commit[:7]}", commit)
-        add_line(line, commit)
+    """Share this agent's night, with a message. Returns the night."""
+    tag = own_tag()
+    night, _, _, _ = ledger.load()
     if message:
-        head = resolve("HEAD")
-        add_line({"time": now(), "agent": night.tag, "commit": head[:DIGITS], "say": message}, head)
-    reason = send(night.tag)
+        with recording(tag) as (night, place):
+            append(place, night, {"kind": "say", "time": now(), "commit": night.head, "message": message})
+    reason = send(night)
     if reason:
         print(f"the hub was not reached: {reason}; the next exchange sends it")
-    return night, record
+    return night
 
 
 # --------------------------------------
 # Frontier
 
 
-def print_frontier(night, record):
-    device = device_of(night)
-    if not device:
+@dataclass
+class Pool:
+    """All runs of one train.py, whoever made them: every agent starts from a commit of its own."""
+
+    scores: list = field(default_factory=list)
+    keeps: list = field(default_factory=list)  # of commits that were kept: (time, agent, Run)
+
+    @property
+    def mean(self):
+        return statistics.fmean(self.scores)
+
+
+def find_pools(night, others):
+    """What all have run on this benchmark and this kind of device: {train: Pool}."""
+    pools = {}
+    for agent, other in {**others, night.tag: night}.items():
+        if (other.benchmark, other.device) != (night.benchmark, night.device):
+            continue
+        kept = set(other.kept)
+        for attempt in other.tries.values():
+            for run in attempt.counted():
+                pool = pools.setdefault(run.train, Pool())
+                pool.scores.append(run.val_bpb)
+                if attempt.commit in kept:
+                    pool.keeps.append((run.time, agent, run))
+    return pools
+
+
+def print_frontier(night):
+    if not night.runs:
         print("frontier: unknown before the first run here, which tells the kind of device")
         return
-    results = read_lines()[0] + new_results(night, record["id"])
-    shared, mean, floor = comparable(night, record, results)
+    others = read_agents()
+    pools = find_pools(night, others)
+    best = sorted((pool.mean, train) for train, pool in pools.items() if pool.keeps)[:BEST]
 
     # what was tried here is decided here
-    tried = {result["train"] for result in results if result["agent"] == night.tag}
-    tried.add(resolve("HEAD:train.py")[:DIGITS])
+    tried = {run.train for run in night.runs.values()} | {resolve("HEAD:train.py")}
     ahead = []
-    print(f"frontier: the best that anybody kept on {record['id']}, {device}")
-    for score, runs, origin in best_pools(shared):
-        words = f"{score:.6f}, runs {runs}, {origin['commit'][:7]}, {origin['agent']}: {origin['description']}"
-        if mean - score > floor and origin["train"] not in tried:
-            words = f"{words:.120}; ahead of your last keep by {mean - score:.6f}"
-            ahead.append(origin["commit"][:7])
+    print(f"frontier: the best that anybody kept on {night.benchmark}, {night.device}")
+    for mean, train in best:
+        _, agent, run = min(pools[train].keeps, key=lambda keep: keep[:2])
+        words = f"{mean:.6f}, runs {len(pools[train].scores)}, {short(run.commit)}, {agent}: {run.description}"
+        if bar(night) - mean > noise_floor(night) and train not in tried:
+            words = f"{words:.120}; ahead of your last keep by {bar(night) - mean:.6f}"
+            ahead.append(run.commit)
         print(f"  {printable(words, 200)}")
+    unreadable = sum(other.unreadable for other in others.values())
+    if unreadable:
+        print(f"{unreadable} lines in the records of others cannot be read, and do not count")
     if ahead and is_open(night):
-        print(f"next: uv run swarm/hub.py adopt {ahead[0]}")
+        print(f"next: uv run swarm/hub.py adopt {short(ahead[0])}")
 
 
 def is_open(night):
@@ -117,28 +123,31 @@ def look(word):
     reason = receive()
     if reason:
         print(f"the hub was not reached: {reason}; below is what was fetched before")
-    results, messages = read_lines()
-
-    # a hash may have more digits than those in the lines
-    word = re.sub(rf"\b([0-9a-f]{{{DIGITS}}})[0-9a-f]{{0,28}}\b", r"\1", word.lower())
+    night, _ = read_night()
     found = []
-    for line in results + messages:
-        text = as_text(line)
-        if word in f"{text} commit={line['commit']} parent={line.get('parent')}".lower():
-            found.append((line["time"], text))
-    for _, text in sorted(found)[-SHOWN:]:
-        print(printable(text, 700))
+    for agent, other in {**read_agents(), night.tag: night}.items():
+        for item, text in texts_of(other):
+            line = f"{item.time[:16].replace('T', ' ')} {agent} {text}"
+            if word.lower() in f"{line} commit={item.commit} parent={getattr(item, 'parent', '')}".lower():
+                found.append((item.time, line))
+    for _, line in sorted(found)[-SHOWN:]:
+        print(printable(line, 700))
     if not found:
         print(f"nothing about {printable(word, 100)}")
 
 
-def as_text(line):
-    words = f"{line['time'][:16].replace('T', ' ')} {line['agent']}"
-    if "say" in line:
-        return f"{words} says: {line['say']}"
-    score = "" if line["val_bpb"] is None else f"{line['val_bpb']:.6f} "
-    place = f"{line['commit'][:7]} on {line['parent'][:7]}, {line['device'] or 'unknown device'}"
-    return f"{words} {score}{line['status']}, {place}: {line['description']}"
+def texts_of(night):
+    """Each run and message of a night, with a text for it."""
+    for run in night.runs.values():
+        attempt = night.attempt(run.commit)
+        status = run.state
+        if run.counts:
+            status = "keep" if run.commit in night.kept else attempt.verdict or "undecided"
+        score = "" if run.val_bpb is None else f"{run.val_bpb:.6f} "
+        place = f"{short(run.commit)} on {short(run.parent)}, {run.device or 'unknown device'}"
+        yield run, f"{score}{status}, {place}: {run.description}, seed {run.seed}"
+    for message in night.messages:
+        yield message, f"says: {message.message}"
 
 
 # --------------------------------------
@@ -146,38 +155,38 @@ def as_text(line):
 
 
 def adopt(name):
-    night, record, _ = load_night(ROOT)
+    night, _, _, _ = ledger.load()
     if not is_open(night):
         step = next_step(night)
         raise SystemExit(f"no new idea starts now: {step.reason}; next: {step.command}")
-    results, _ = read_lines()
     commit = resolve(f"{name}^{{commit}}")
-    origin = next((line for line in results if commit and commit.startswith(line["commit"])), None)
-    if not origin:
-        raise SystemExit(f"{name} names no result here, or several: uv run swarm/hub.py exchange, or use more digits")
-    if not run_git(ROOT, "ls-tree", commit, "--", "train.py")[1].startswith("100"):  # 100xxx: a regular file
+    others = read_agents()
+    agent = next((agent for agent, other in others.items() if other.attempt(commit).runs), None)
+    if not commit or not agent:
+        raise SystemExit(f"{name} names no run here, or several: uv run swarm/hub.py exchange, or use more digits")
+    if not git("ls-tree", commit, "--", "train.py").output.startswith("100"):  # 100xxx: a regular file
         raise SystemExit(f"the train.py of {name} is not a file")
-    if resolve(f"{commit}:train.py") == resolve("HEAD:train.py"):
+    train = resolve(f"{commit}:train.py")
+    if train == resolve("HEAD:train.py"):
         raise SystemExit(f"{name} has the same train.py as HEAD")
 
     # what all its runs that compare promise
-    shared, mean, _ = comparable(night, record, results)
-    scores = [line["val_bpb"] for line in shared if line["train"] == origin["train"]]
+    pool = find_pools(night, others).get(train)
     gain = "unknown"
-    if scores and not math.isnan(mean):
-        gain = f"{mean - statistics.fmean(scores):+.6f}"
-    idea = re.split("; expect|, seed", origin["description"])[0]
-    message = f"adopted {commit[:7]} from {origin['agent']}: {printable(idea, 100)}; expect {gain}"
+    if pool and not math.isnan(bar(night)):
+        gain = f"{bar(night) - pool.mean:+.6f}"
+    idea = re.split("; expect", others[agent].attempt(commit).description)[0]
+    message = f"adopted {short(commit)} from {agent}: {printable(idea, 100)}; expect {gain}"
 
-    worked, _, complaint = run_git(ROOT, "checkout", commit, "--", "train.py")
-    if worked:
-        worked, _, complaint = run_git(ROOT, "commit", "-q", "-m", message, "--", "train.py")
-    if not worked:
-        run_git(ROOT, "checkout", "HEAD", "--", "train.py")
-        raise SystemExit(f"git refuses to commit it: {reason_of(complaint)}")
+    answer = git("checkout", commit, "--", "train.py")
+    if answer.worked:
+        answer = git("commit", "-q", "-m", message, "--", "train.py")
+    if not answer.worked:
+        git("checkout", "HEAD", "--", "train.py")
+        raise SystemExit(f"git refuses to commit it: {answer.complaint}")
     print(message)
-    print(run_git(ROOT, "diff", "--no-color", "--no-ext-diff", "--stat", "HEAD^", "HEAD")[1])
-    print_next(load_night(ROOT)[0])
+    print(git("diff", "--stat", "HEAD^", "HEAD").output)
+    ledger.print_next(ledger.load()[0])
 
 
 # --------------------------------------
@@ -203,35 +212,33 @@ def parse_arguments(arguments=None):
     begin.add_argument("url", type=matching("[^-].*", "must be a url or a folder"), help="of a git repository")
     begin.add_argument("--tag", type=name, required=True, help="what all its agents call the night")
     begin.add_argument("--agent", type=name, required=True, help="a name that no other agent of the hub has")
-    begin.add_argument("--until", default="never", help="when the night ends, as for ledger.py start")
-    commands.add_parser("exchange", allow_abbrev=False, help="send new rows, fetch those of others")
-    words = commands.add_parser("look", allow_abbrev=False, help="the last results and messages")
+    begin.add_argument("--until", help="when a new night ends, as for ledger.py start")
+    commands.add_parser("exchange", allow_abbrev=False, help="send new runs, fetch those of others")
+    words = commands.add_parser("look", allow_abbrev=False, help="the last runs and messages")
     words.add_argument("word", nargs="*", help="what they contain: any text, or a hash")
     plan = commands.add_parser("say", allow_abbrev=False, help="tell the others what you try next")
     plan.add_argument("message", type=matching(r"\S.{0,499}", "must be one line of at most 500 characters"))
     idea = commands.add_parser("adopt", allow_abbrev=False, help="make another's train.py the next experiment")
-    idea.add_argument("hash", type=matching(HASH, "must be 7 to 40 digits of a commit, 0-9 and a-f"))
+    idea.add_argument("hash", type=matching(HASH, "must be 7 digits or more of a commit, 0-9 and a-f"))
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a description shows ? in it
-    worked, git_folder, complaint = run_git(ROOT, "rev-parse", "--git-common-dir")
-    if not worked:
-        raise SystemExit(f"no repository here: {reason_of(complaint)}")
+    folder = call_git("rev-parse", "--path-format=absolute", "--git-common-dir")
     try:
-        with FileLock(ROOT / git_folder / "autoresearch-hub.lock", timeout=NETWORK_SECONDS):
-            run_command(options)
+        # not the lock of the record: runs are recorded meanwhile
+        with FileLock(Path(folder, "autoresearch-hub.lock"), timeout=NETWORK_SECONDS):
+            do(options)
     except Timeout:
         raise SystemExit("another hub.py is at work in this clone: wait for it") from None
 
 
-def run_command(options):
+def do(options):
     if options.command == "join":
         join(options.url, f"{options.tag}/{options.agent}", options.until)
     elif options.command == "exchange":
-        print_frontier(*exchange())
+        print_frontier(exchange())
     elif options.command == "look":
         look(" ".join(options.word))
     elif options.command == "say":
@@ -240,13 +247,8 @@ def run_command(options):
     elif options.command == "adopt":
         adopt(options.hash)
     else:
-        night, record, _ = load_night(ROOT)
-        print_frontier(night, record)
+        print_frontier(ledger.load()[0])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_command(main)

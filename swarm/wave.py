@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ t
 
 import ledger
 from harness import common
-from harness.common import OneLineParser, find_home, first_line, git, write_atomically
+from harness.common import OneLineParser, call_git, find_home, first_line, git, run_command, write_atomically
 from harness.journal import add_run
 from night import runner
 from night.record import read_jobs, recording
@@ -43,14 +43,6 @@ WAIT_SECONDS = 540  # for a result; clients end a command that takes longer
 
 def find_folder(name):
     return common.ROOT / "wave" / name
-
-
-def call_git(*words, folder=None):
-    """The output of git. Raises SystemExit, one line, if it fails."""
-    answer = git(*words, folder=folder)
-    if not answer.worked:
-        raise SystemExit(f"git {shlex.join(words)}: {first_line(answer.complaint)}")
-    return answer.output
 
 
 def new(name):
@@ -280,4 +272,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -32,7 +32,15 @@ os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ar-")  # where the locks of devi
 tempfile.tempdir = None  # so that it is read
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that it starts: two workers share two cores
 torch.set_num_threads(1)
-for name in ("AUTORESEARCH_SEED", "HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TORCHINDUCTOR_CACHE_DIR"):
+for name in (
+    "AUTORESEARCH_SEED",
+    "AUTORESEARCH_BENCHMARK",
+    "RAY_API_SERVER_ADDRESS",
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "TORCHINDUCTOR_CACHE_DIR",
+):
     os.environ.pop(name, None)
 
 import prepare  # noqa: E402
@@ -72,7 +80,7 @@ def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     """What the condition returns, as soon as that is true. A busy machine takes its time."""
     end = time.monotonic() + seconds
     while not (found := condition()):

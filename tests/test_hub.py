@@ -1,5 +1,5 @@
 """
-Finds what loses, doubles, mixes up or believes too much of what agents share through swarm/hub.py, on a real bare
+Checks what loses, doubles, mixes up or believes too much of what agents share through swarm/hub.py, on a real bare
 repository. Their scores are made up: nothing trains here.
 """
 
@@ -9,20 +9,15 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-
-pytest.skip("hubs move to the record of the night next", allow_module_level=True)
-
 from conftest import Agent, new_repository
 
-from harness.journal import now
-from night.rows import append_rows
+from harness.common import now
+from night.record import LONGEST_LINE, parse_night
 from swarm.hub import parse_arguments
-from swarm.notes import LONGEST_LINE, parse_line
+from swarm.share import UNKNOWN
 
 CPU, GPU = "cpu x86_64 x2", "NVIDIA H100 80GB HBM3"
 NOT_REACHED = "the hub was not reached: "
@@ -39,19 +34,32 @@ def hub(tmp_path, environment, monkeypatch):
     environment = environment | {"AUTORESEARCH_HOME": str(home), "CXX": "git"}  # some program: nothing is compiled
     main = new_repository(tmp_path / "main", environment)
     subprocess.run(["git", "clone", "-q", "--bare", main, tmp_path / "hub.git"], check=True)
-    return Agent(tmp_path / "hub.git", environment, {})
+    return Bare(tmp_path / "hub.git", environment, {})
+
+
+class Bare(Agent):
+    def git_with(self, content, *words):
+        """The output of git, which reads these bytes."""
+        options = dict(cwd=self.folder, env=self.environment, input=content, check=True, capture_output=True)
+        return subprocess.run(["git", *words], **options).stdout.decode().strip()
 
 
 class Member(Agent):
-    """An agent with a clone of the hub, whose runs are lines in the journal and whose rows are written at once."""
+    """An agent with a clone of the hub, whose runs are lines that it writes into its record."""
 
     def __init__(self, hub, name, device=CPU):
         super().__init__(hub.folder.parent / name, hub.environment, {})
         hub.git("clone", "-q", ".", str(self.folder))
         self.name, self.device = f"test/{name}", device
-        self.ledger = self.folder / "results.tsv"
-        self.journal = Path(hub.environment["AUTORESEARCH_HOME"], "local", "journal.jsonl")
+        self.record = self.folder / ".git" / "autoresearch" / "test" / name / "record.jsonl"
         self.joining = ["join", str(hub.folder), "--tag", "test", "--agent", name]
+
+    def join(self):
+        output = self.hub(*self.joining, "--until", "never")
+        self.kept = self.start = self.head()
+        lines = self.record.read_text().replace(json.loads(self.record.read_text())["device"], self.device)
+        self.record.write_text(lines)
+        return output
 
     def hub(self, *words, code=0):
         """What `hub.py` prints; a failure, of code 1, is one line."""
@@ -62,21 +70,32 @@ class Member(Agent):
     def git(self, *words):
         return super().git(*words).strip()
 
+    def ledger(self, *words):
+        process = self.run("ledger.py", *words)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    def write(self, *lines):
+        with open(self.record, "a") as record:
+            record.write("".join(json.dumps(line) + "\n" for line in lines))
+
     def add(self, status, description, *scores):
-        """Rows for HEAD, with seeds from 1, and the runs that they are of."""
-        commit = self.git("rev-parse", "HEAD")
+        """Runs of HEAD, with seeds from 1, and a decision."""
+        commit, parent, train = self.git("rev-parse", "HEAD", "HEAD^", "HEAD:train.py").split()
+        self.git("update-ref", f"refs/tries/{commit[:7]}", commit)
         for seed, score in enumerate(scores, 1):
-            run = {"time": now(), "commit": commit, "seed": seed, "val_bpb": score, "dirty": False}
-            if score:
-                with open(self.journal, "a") as journal:
-                    journal.write(json.dumps(run | {"device": self.device}) + "\n")
-            memory = "2.5" if score else "0.0"
-            append_rows(self.ledger, [(commit[:7], f"{score:.6f}", memory, status, f"{description}, seed {seed}")])
+            line = {"kind": "run", "run": f"{commit[:7]}-{score}", "time": now(), "commit": commit}
+            line |= {"parent": parent, "train": train, "seed": seed, "device": self.device, "benchmark": "local"}
+            line |= {"role": "baseline" if commit.startswith(self.start) else "idea", "description": description}
+            ended = {"state": "scored", "val_bpb": score, "memory_gb": 2.5} if score else {"state": "crash"}
+            self.write(line | ended)
+        if not commit.startswith(self.start):
+            self.write({"kind": "decision", "commit": commit, "decision": status, "by": "hand"})
         if status == "keep":
             self.kept = commit[:7]
 
     def idea(self, description, status, *scores):
-        """A commit with its rows; back at the last keep, if it is none. Returns its hash."""
+        """A commit with its runs; back at the last keep, if it is none. Returns its hash."""
         self.edit((r"\Z", f"# {description}\n"))
         self.git("commit", "-qm", description, "--", "train.py")
         commit = self.head()
@@ -90,14 +109,14 @@ class Member(Agent):
 
 def join(hub, name, device=CPU):
     agent = Member(hub, name, device)
-    agent.hub(*agent.joining)
+    agent.join()
     return agent
 
 
-def published(hub):
-    """The results in the notes of the hub, in the order of agents and rows; an honest agent writes nothing else."""
-    lines = map(json.loads, hub.git("grep", "-h", "{", "refs/notes/results").splitlines())
-    return sorted((line for line in lines if "row" in line), key=lambda line: (line["agent"], line["row"]))
+def published(hub, agent):
+    """The runs in the record of an agent on the hub."""
+    lines = [json.loads(line) for line in hub.git("show", f"refs/results/{agent}:record.jsonl").splitlines()]
+    return [line for line in lines if line["kind"] == "run"]
 
 
 def add_hook(repository, name, script):
@@ -127,15 +146,14 @@ def test_three_agents_share_a_hub(hub):
     with ThreadPoolExecutor() as pool:
         list(pool.map(work, agents, (1.0, 1.02, 0.5)))
 
-    # every row once
-    results = published(hub)
-    assert [line["row"] for line in results] == [*range(1, 13)] * 3
-    assert [line["agent"] for line in results[::12]] == [agent.name for agent in agents]
-
-    # every commit is there, on top of its parent and with its train.py
+    # the record of each is there as it is, and every commit, on top of its parent and with its train.py
+    results = [line for agent in agents for line in published(hub, agent.name)]
+    assert len(results) == 36
+    for agent in agents:
+        assert hub.git("show", f"refs/results/{agent.name}:record.jsonl") == agent.record.read_text()
     names = [[line["commit"], f"{line['commit']}^", f"{line['commit']}:train.py"] for line in results]
     known = hub.git("rev-parse", *sum(names, [])).split()
-    assert [full[:12] for full in known] == [line[key] for line in results for key in ("commit", "parent", "train")]
+    assert known == [line[key] for line in results for key in ("commit", "parent", "train")]
     assert set(hub.git("rev-list", "--all").split()) >= set(known[::3])
     for agent in agents:
         assert hub.git("rev-parse", "--short=7", f"autoresearch/{agent.name}").strip() == agent.head() == agent.kept
@@ -155,16 +173,6 @@ def test_three_agents_share_a_hub(hub):
     assert len(shown) == 20 and shown[-1].endswith("test/ada says: the latest")
 
 
-def test_a_result_of_an_unknown_device_is_no_frontier(hub):
-    ada = join(hub, "ada", device=None)
-    ada.add("keep", "an old run", 0.5)
-    assert "unknown before the first run" in ada.hub("exchange")
-    ada.device = CPU
-    ada.add("keep", "baseline", 1.0)
-    assert ada.frontier("exchange") == [("1.000000", "1", ada.head(), "test/ada")]
-    assert re.search(r" 0\.500000 keep, \w{7} on \w{7}, unknown device: an old run", ada.hub("look"))
-
-
 def test_what_is_said_is_seen_before_the_run(hub):
     ada, bob = join(hub, "ada"), join(hub, "bob")
     words = 'A head of "two" layers, größer: 100% \\n $(x)'
@@ -175,35 +183,72 @@ def test_what_is_said_is_seen_before_the_run(hub):
 
 
 def test_a_night_comes_back_from_nothing(hub):
+    """With its crashes, hand decisions, messages and end."""
     ada = join(hub, "ada")
     ada.add("keep", "baseline", 1.0, 1.1)
     kept = ada.idea("deeper; expect +0.1", "keep", 0.9)
     lost = ada.idea("a typo", "crash", 0)
-    ada.hub("exchange")
-    rows, state = ada.ledger.read_text(), json.loads((ada.folder / "night.json").read_text())
+    ada.ledger("until", "40")
+    ada.hub("say", "wider next")
+    record, rows, status = ada.record.read_text(), ada.rows(), ada.ledger()
+    assert "until 40 rows" in status and len(rows) == 5
     shutil.rmtree(ada.folder)
 
     ada = Member(hub, "ada")
-    output = ada.hub(*ada.joining, "--until", "40")
-    assert "autoresearch/test/ada is back from the hub, until 40" in output and "rows: 4" in output
-    assert json.loads((ada.folder / "night.json").read_text()) == state | {"until": "40"}
+    output = ada.hub(*ada.joining, "--until", "7")
+    assert "autoresearch/test/ada is back from the hub\nit lasts until 40 rows; runs: 4\n" in output
+    assert ada.record.read_text() == record and ada.rows() == rows and ada.ledger() == status
     assert ada.head() == kept and ada.git("branch", "--show-current") == "autoresearch/test/ada"
     assert ada.git("log", "-1", "--format=%s", f"refs/tries/{lost}") == "a typo"
-    assert ada.ledger.read_text() == rows
 
-    # the ledger alone was lost; then nothing was
-    ada.ledger.unlink()
+    # the record alone was lost; then nothing was; then another branch was checked out
+    ada.record.unlink()
     for _ in range(2):
-        assert "is here already, until 40; the hub was fetched" in ada.hub(*ada.joining)
-        assert ada.ledger.read_text() == rows
+        assert "is here already; the hub was fetched\nit lasts until 40 rows; runs: 4\n" in ada.hub(*ada.joining)
+        assert ada.record.read_text() == record
+        ada.git("checkout", "-q", "main")
+    ada.hub(*ada.joining)
 
-    # rows that move are not doubled: a ledger that was rebuilt from the journal lacks its crashes
-    ada.ledger.write_text("".join(line for line in rows.splitlines(True) if "crash" not in line))
-    ada.kept = kept
+    # it goes on from there
+    ada.kept, ada.start = kept, ""
     ada.idea("wider", "discard", 0.95)
     ada.hub("exchange")
     ideas = ["baseline", "baseline", "deeper; expect +0.1", "a typo", "wider"]
-    assert [line["description"].split(",")[0] for line in published(hub)] == ideas
+    assert [line["description"] for line in published(hub, "test/ada")] == ideas
+
+
+def test_two_clones_with_one_name(hub):
+    """The second one finds the night of the first; when both go on, nobody's results are overwritten."""
+    first = join(hub, "ada")
+    first.add("keep", "baseline", 1.0)
+    first.hub("exchange")
+    second = Member(hub, "ada2")
+    second.joining, second.name = first.joining, first.name
+    second.kept = second.start = first.start
+    second.record = second.folder / ".git" / "autoresearch" / "test" / "ada" / "record.jsonl"
+    assert "is back from the hub" in second.hub(*second.joining)
+    for agent in (first, second):
+        agent.idea(f"of {agent.folder.name}", "discard", 1.1)
+    first.hub("exchange")
+    assert "another clone has sent results as test/ada: join from here under another name" in second.hub(
+        "exchange", code=1
+    )
+    assert [line["description"] for line in published(hub, "test/ada")] == ["baseline", "of ada"]
+
+
+def test_two_agents_in_worktrees_of_one_repository(hub):
+    ada = join(hub, "ada")
+    ada.git("worktree", "add", "-q", "--detach", str(hub.folder.parent / "bob"), "main")
+    bob = object.__new__(Member)
+    vars(bob).update(vars(ada) | {"folder": hub.folder.parent / "bob", "name": "test/bob"})
+    bob.record = ada.record.parent.with_name("bob") / "record.jsonl"
+    bob.joining = [*ada.joining[:-1], "bob"]
+    bob.join()
+    for agent in (ada, bob):
+        agent.add("keep", "baseline", 1.0)
+        agent.hub("exchange")
+    assert [len(published(hub, agent.name)) for agent in (ada, bob)] == [1, 1]
+    assert ada.frontier("exchange") == bob.frontier() and ada.frontier()[0][:2] == ("1.000000", "2")
 
 
 def test_without_network_nothing_is_lost(hub, tmp_path):
@@ -220,22 +265,12 @@ def test_without_network_nothing_is_lost(hub, tmp_path):
     assert "test/ada says: hello?" in ada.hub("look", "hello")
     (tmp_path / "away").rename(hub.folder)
     assert NOT_REACHED not in ada.hub("exchange")
-    assert [line["commit"][:7] for line in published(hub)][1:] == [commit]
+    assert [line["commit"][:7] for line in published(hub, "test/ada")][1:] == [commit]
     assert "hello?" in join(hub, "bob").hub("look")
 
 
-def test_a_push_that_others_come_before_is_sent_again(hub):
-    ada, bob = join(hub, "ada"), join(hub, "bob")
-    for agent in (ada, bob):
-        agent.add("keep", "baseline", 1.0)
-
-    # while ada pushes, for the first time, bob does
-    exchange = shlex.join(["env", "-u", "GIT_DIR", sys.executable, "swarm/hub.py", "exchange"])
-    trap = add_hook(ada.folder / ".git", "pre-push", f'rm "$0"\ncd {bob.folder} && {exchange} > /dev/null 2>&1')
-    assert NOT_REACHED not in ada.hub("exchange") and not trap.exists()
-    assert [line["agent"] for line in published(hub)] == ["test/ada", "test/bob"]
-
-    # a hub that takes nothing is named
+def test_a_hub_that_takes_nothing_is_named(hub):
+    ada = join(hub, "ada")
     add_hook(hub.folder, "pre-receive", "exit 1")
     assert re.match(rf"{NOT_REACHED}! .*pre-receive hook declined", ada.hub("say", "hello?"))
 
@@ -249,7 +284,7 @@ def two(hub):
     good = ada.idea("deeper; expect +0.1", "keep", 0.8, 0.801)
     ada.hub("exchange")
     output = bob.hub("exchange")
-    assert "test/ada: deeper; expect +0.1, seed 1; ahead of your last keep by 0.199500\n" in output
+    assert "test/ada: deeper; expect +0.1; ahead of your last keep by 0.199500\n" in output
     assert output.endswith(f"next: uv run swarm/hub.py adopt {good}\n")
     return ada, bob, good
 
@@ -260,7 +295,7 @@ def test_build_on_the_best_of_another(two):
     output = bob.hub("adopt", good)
     subject = f"adopted {good} from test/ada: deeper; expect +0.199500"
     assert bob.git("log", "-1", "--format=%s") == output.splitlines()[0] == subject
-    assert "train.py | 1 +" in output and output.endswith("next: AUTORESEARCH_SEED=1 uv run train.py > run.log 2>&1\n")
+    assert "train.py | 1 +" in output and output.endswith("next: uv run ledger.py run\n")
     assert bob.git("rev-parse", "--short=7", "HEAD^") == start
     assert bob.git("diff", good, "--", "train.py") == bob.git("status", "--porcelain") == ""
     assert "ahead" not in bob.hub()  # what is being tried is not proposed
@@ -297,15 +332,15 @@ def test_adopt_refuses(two):
         assert re.search(reason, bob.hub("adopt", name, code=1))
         assert (bob.head(), bob.git("status", "--porcelain")) == (start, before)
 
-    refuses("f" * 12, "f names no result here")
-    refuses(bob.git("rev-parse", "main"), "names no result here")
+    refuses("f" * 12, "f names no run here")
+    refuses(bob.git("rev-parse", "main"), "names no run here")
     refuses(start, "the same train.py as HEAD")
     refuses(ada.head(), "is not a file")
     hook = add_hook(bob.folder / ".git", "pre-commit", "echo error: never\nexit 1")
     refuses(good, "git refuses to commit it: error: never")
     hook.unlink()
     bob.edit((r"\Z", "# not now\n"))
-    refuses(good, "no new idea starts now: commit it")
+    refuses(good, "no new idea starts now: ")
     assert "ahead" in bob.hub() and "next:" not in bob.hub()
     bob.git("checkout", "-q", "train.py")
     bob.hub("adopt", good)
@@ -319,11 +354,13 @@ def test_join_refuses(hub):
     assert "no hub here" in ada.hub("look", code=1)
     elsewhere = ["join", f"{hub.folder}-typo", *ada.joining[2:]]
     assert f"{NOT_REACHED}fatal: " in ada.hub(*elsewhere, code=1)
-    ada.hub(*ada.joining)
+    assert "say when it ends, with --until" in ada.hub(*ada.joining, code=1)
+    ada.join()
     assert f"the hub of this clone is {hub.folder}" in ada.hub(*elsewhere, code=1)
-    ada.add("keep", "baseline", 1.0)
-    assert "results.tsv has rows of another night" in ada.hub(*ada.joining[:-1], "bob", code=1)
     assert ada.git("branch", "--show-current") == "autoresearch/test/ada"
+    ada.git("checkout", "-q", "main")
+    assert ada.run("ledger.py", "start", "alone", "--until", "never").returncode == 0
+    assert "alone is on no hub: join one" in ada.hub("exchange", code=1)
 
 
 WRONG = {
@@ -332,7 +369,7 @@ WRONG = {
     "argument --tag: take letters": ["join url --tag a/b --agent a"],
     "argument --agent: take letters": ["join url --tag t --agent 'a b'", "join url --tag t --agent .."],
     "must be a url|required": ["join -- --upload-pack=x --tag t --agent a"],
-    "7 to 40 digits": ["adopt abc123", "adopt HEAD"],
+    "7 digits or more": ["adopt abc123", "adopt HEAD"],
     "must be one line": ["say ' '", "say 'a\nb'", f"say {'a' * 501}", "say 'orders to a terminal: \x1b[2J'"],
 }
 
@@ -349,58 +386,74 @@ def test_wrong_arguments(reason, capsys):
 # --------------------------------------
 # What others write
 
-MESSAGE = {"time": "2026-11-28T01:02:03+00:00", "agent": "test/eve", "commit": "abcdef0"}
-RESULT = MESSAGE | {"row": 1, "parent": "abcdef1", "train": "abcdef2", "benchmark": "local", "device": CPU}
-RESULT |= {"val_bpb": 0.001, "memory_gb": 1, "status": "keep", "description": "the best ever"}
-MESSAGE["say"] = "hello"
-GARBAGE = ["", "7", "[{}]", "null", "time=2026 agent=test/eve row=1\tabcdef0\t0.1\t1.0\tkeep\tthe old format"]
-GARBAGE += ["[" * (LONGEST_LINE - 1), json.dumps(MESSAGE | {"say": "a" * LONGEST_LINE})]
-GARBAGE += [json.dumps(RESULT)[:-9], json.dumps(RESULT)[:-1] + ', "row": ' + "9" * 5000 + "}"]
+EVE = "e" * 40
+START = {"kind": "start", "until": "never", "commit": EVE, "benchmark": "local", "device": CPU}
+MESSAGE = {"kind": "say", "time": "2026-11-28T01:02:03+00:00", "message": "hello", "commit": EVE}
+RESULT = {"kind": "run", "time": "2026-11-28T01:02:03+00:00", "run": "x", "commit": EVE, "parent": "d" * 40}
+RESULT |= {"role": "baseline", "seed": 1, "train": "c" * 40, "benchmark": "local", "device": CPU}
+RESULT |= {"state": "scored", "val_bpb": 0.001, "memory_gb": 1, "description": "the best ever"}
+GARBAGE = ["", "7", "[{}]", "null", "commit\tval_bpb", "[" * (LONGEST_LINE - 1), "9" * 5000]
+GARBAGE += [json.dumps(MESSAGE | {"message": "a" * 1_000_000}), json.dumps(RESULT)[:-9]]
+GARBAGE += [json.dumps(RESULT)[:-1] + ', "seed": ' + "9" * 5000 + "}"]
 SPOILED = {
-    "time": [None, 7, "yesterday", "٢026-11-28T01:02:03+00:00"],
-    "agent": ["eve", "a/b/c", "../x", "a b/c", None],
-    "commit": ["HEAD", "abc", "--help", "abcdef0\n", 7],
+    "commit": ["HEAD", "abc", "--help", f"{EVE}\n", 7, None],
     "parent": [None, "HEAD^"],
-    "train": [None, "", {}],
-    "row": [0, -1, 1.5, "1", True, None, 10**400],
-    "val_bpb": [0, -1, "0.5", True, None, math.nan, math.inf, 10**400, []],
-    "memory_gb": [None, "1", -1, math.nan],
-    "status": ["best", None, ["keep"], "crash"],
+    "train": [None, "x", {}],
+    "run": [None, 7, []],
+    "seed": ["1", 1.5, None],
+    "role": ["best", None],
+    "state": ["best", None, ["scored"]],
+    "val_bpb": [0, -1, "0.5", None, math.nan, math.inf, 10**400, []],
+    "memory_gb": ["1", None],
     "description": [None, 7],
-    "benchmark": [None, 7, ""],
-    "device": [7, ["cpu"], False],
+    "benchmark": [None, 7],
+    "device": [7, ["cpu"], None],
+    "time": [None, 7],
 }
 
 
-def test_only_results_and_messages_are_read():
-    for line in (MESSAGE, RESULT, RESULT | {"device": None}, RESULT | {"status": "crash", "val_bpb": None}):
-        assert parse_line(json.dumps(line)) == line
+def parse(*lines):
+    return parse_night("test/eve", "".join(f"{line}\n" for line in lines), lambda: UNKNOWN)
+
+
+def test_only_runs_and_messages_are_read():
+    night = parse(*map(json.dumps, (START, RESULT, MESSAGE, {"kind": "of a later version"})))
+    assert (len(night.runs), len(night.messages), night.unreadable) == (1, 1, 0)
     wrong = [RESULT | {key: value} for key, values in SPOILED.items() for value in values]
-    for key in SPOILED:
-        wrong.append(dict(RESULT))
-        del wrong[-1][key]
-    texts = GARBAGE + [json.dumps(line) for line in wrong]
-    assert [text for text in texts if parse_line(text)] == []
+    texts = [json.dumps(line) for line in wrong] + GARBAGE[1:]
+    for text in texts:
+        night = parse(json.dumps(START), text)
+        assert (len(night.runs), night.unreadable) == (0, 1), text[:200]
+    for first in (*GARBAGE[1:], json.dumps(START | {"commit": "x"}), json.dumps(START | {"benchmark": []})):
+        assert parse(first).benchmark == ""
 
 
-def test_lines_in_any_encoding_harm_nobody(hub):
-    """Bytes, line ends and surrogates in a note of the hub: what is right beside them is still read, and kept."""
+def test_records_in_any_state_harm_nobody(hub):
+    """Bytes, line ends and surrogates in the records of others: what is right beside them is still read."""
     ada = join(hub, "ada")
     ada.add("keep", "baseline", 1.0)
     ada.hub("exchange")
-    strange = json.dumps(MESSAGE | {"say": "x\u2028y\ud800\x1b[2J\nz"})
-    raw = json.dumps(MESSAGE | {"say": "raw\u2028 in"}, ensure_ascii=False)
-    other = json.dumps(RESULT | {"row": 2, "train": "abcdef3", "benchmark": "another"})
-    lines = [text.encode() for text in (strange, json.dumps(RESULT), other, *GARBAGE)]
-
-    # in the note that has her own lines, which are taken out; zeros in another one
-    notes = {ada.kept: b"\n".join([b"{\xff}", *lines]), "main": raw.encode() + b"\n\xff\xfe\0{"}
-    for commit, content in notes.items():
-        (hub.folder / "note").write_bytes(content + b"\n")
-        hub.git("notes", "--ref=results", "add", "-f", "-C", hub.git("hash-object", "-w", "note").strip(), commit)
+    strange = json.dumps(MESSAGE | {"message": "x\u2028y\ud800\x1b[2J\nz"})
+    raw = json.dumps(MESSAGE | {"message": "raw\u2028 in"}, ensure_ascii=False)
+    mine = json.dumps(RESULT | {"run": "y", "agent": "test/ada", "description": "in another's name", "val_bpb": 0.5})
+    lines = [text.encode() for text in (json.dumps(START), strange, json.dumps(RESULT), mine, *GARBAGE)]
+    records = {"eve": b"\n".join([*lines, b"{\xff}"]), "mallory": raw.encode() + b"\n\xff\xfe\0{\n" + raw.encode()}
+    for name, content in records.items():
+        blob = hub.git_with(content, "hash-object", "-w", "--stdin")
+        tree = hub.git_with(f"100644 blob {blob}\trecord.jsonl\n".encode(), "mktree")
+        hub.git("update-ref", f"refs/results/test/{name}", hub.git("commit-tree", tree, "-m", name).strip())
+    hub.git("update-ref", "refs/results/test/noise", "main")
+    hub.git("update-ref", "refs/results/too/many/names", "main")
     ada.hub("say", "mine")
     ada.idea("deeper", "keep", 0.9)
-    assert [line[0] for line in ada.frontier("exchange")] == ["0.001000", "0.900000", "1.000000"]
-    assert ada.hub("look", "2J").splitlines() == ["2026-11-28 01:02 test/eve says: x?y??[2J?z"]
-    assert re.findall("says: (.*)", ada.hub("look", "says")) == ["raw? in", "x?y??[2J?z", "mine"]
+    output = ada.hub("exchange")
+    assert re.findall(r"^  (\S+), runs (\d+), \w{7}, (\S+):", output, re.M) == [
+        ("0.250500", "2", "test/eve"),
+        ("0.900000", "1", "test/ada"),
+        ("1.000000", "1", "test/ada"),
+    ]
+    assert re.search(r"^\d+ lines in the records of others cannot be read, and do not count$", output, re.M)
+    assert ada.hub("look", "2J").splitlines() == ["2026-11-28 01:02 test/eve says: x y??[2J z"]
+    assert "test/eve 0.500000 keep, eeeeeee on ddddddd, cpu x86_64 x2: in another's name" in ada.hub("look", "another")
+    assert sorted(re.findall("says: (.*)", ada.hub("look", "says"))) == ["mine", "raw in", "x y??[2J z"]
     assert join(hub, "bob").hub("look", "deeper").count("\n") == 1
