@@ -12,7 +12,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Agent, new_repository
+from conftest import Agent, ask_no_torch, new_repository
 
 from harness.common import now
 from night.record import LONGEST_LINE, parse_night
@@ -33,6 +33,8 @@ def hub(tmp_path, environment, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_HOME", str(home))
     environment = environment | {"AUTORESEARCH_HOME": str(home), "CXX": "git"}  # some program: nothing is compiled
     main = new_repository(tmp_path / "main", environment)
+    ask_no_torch(main, CPU)
+    subprocess.run(["git", "commit", "-qam", "torch is not asked"], cwd=main, env=environment, check=True)
     subprocess.run(["git", "clone", "-q", "--bare", main, tmp_path / "hub.git"], check=True)
     return Bare(tmp_path / "hub.git", environment, {})
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Agent, new_repository, replace, wait_for
+from conftest import Agent, ask_no_torch, new_repository, replace, wait_for
 
 import prepare
 from harness.journal import read_journal
@@ -225,6 +225,7 @@ def sender(environment, prepared, tmp_path):
     (sender.folder / "line.json").write_text(json.dumps(LINE))
     (sender.folder / "pyproject.toml").write_text("")
     sender.edit(("^BASELINE_SEEDS = .*", "BASELINE_SEEDS = (1, 2)"), file="night/rules.py")
+    ask_no_torch(sender.folder, "cpu test x2")
     sender.git("add", "-A")
     sender.git("commit", "-qm", "scripts")
     environment[cluster.ADDRESS] = "http://127.0.0.1:1"
