@@ -220,11 +220,8 @@ def values_of(kind, line):
 
 def as_run(line):
     run = Run(**values_of(Run, line))
-    if run.role not in ROLES or run.state not in STATES:
-        raise ValueError("no such role or state")
-    hashes = (run.commit, run.parent or run.commit, run.train or run.commit)
-    if not all(HASH.fullmatch(name) for name in hashes):
-        raise ValueError("no hash")
+    if not run.commit or run.role not in ROLES or run.state not in STATES:
+        raise ValueError("no commit, or no such role or state")
     if run.state in ("scored", "disturbed", "elsewhere") and not 0 < run.val_bpb < 1e3:
         raise ValueError("no score")
     return run
@@ -232,7 +229,7 @@ def as_run(line):
 
 def as_decision(line):
     decision = Decision(**values_of(Decision, line))
-    if decision.decision not in DECISIONS or decision.by not in ("rule", "hand") or not HASH.fullmatch(decision.commit):
+    if decision.decision not in DECISIONS or decision.by not in ("rule", "hand"):
         raise ValueError("no such decision")
     return decision
 
@@ -311,10 +308,18 @@ def parse_night(tag, text, find_start):
     # what cannot be read counts for nothing, and is never taken for something else
     for line in lines:
         try:
+            check_hashes(line)
             night.add(line)
         except (ValueError, KeyError, TypeError, AttributeError):
             night.unreadable += 1
     return night
+
+
+def check_hashes(line):
+    """Raise ValueError where a line has something else for a commit or a blob: others may have written it."""
+    for name in ("commit", "parent", "train"):
+        if line.get(name, "") != "" and not HASH.fullmatch(line[name]):
+            raise ValueError(name)
 
 
 def parse_lines(text):

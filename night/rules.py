@@ -490,6 +490,8 @@ def with_the_last_keep(night):
     if again:
         return run_step(night, again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
     when_done = f"nothing is left to run; commit the idea when it is done: {COMMIT}"
+    if night.on_cluster:
+        when_done = "nothing is left to run; make a worktree for each idea (swarm/program.md)"
     if "/" in night.tag:  # it is shared on a hub
         when_done = f"exchange, look and say what you will try (swarm/program.md); {when_done}"
     if night.changed:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ t
 import ledger
 from harness.common import OneLineParser, call_git, git, now, printable, resolve, run_command
 from night.record import append, read_night, recording
-from night.rules import NEW_IDEA, bar, next_step, noise_floor, short
+from night.rules import bar, next_step, noise_floor, short
 from swarm.share import NAME, NETWORK_SECONDS, join, own_tag, read_agents, receive, send
 
 SHOWN = 20  # lines of `look`
@@ -112,7 +112,7 @@ def print_frontier(night):
 
 def is_open(night):
     """Whether the ledger waits for a new idea: HEAD is the last keep, and nothing is changed, running or missing."""
-    return next_step(night).command == NEW_IDEA
+    return next_step(night).kind == "idea" and not night.changed
 
 
 # --------------------------------------

@@ -309,6 +309,58 @@ def test_verdict(book, cells, roles, score, holdout, words):
     assert ("within the noise floor; on" in text) == (roles == "final" and score == 0.998)
 
 
+AGENTS = """ada a keep 1.0 cpu
+bob a keep 1.1 cpu
+ada b keep 0.9 cpu
+bob c discard 0.5 cpu
+bob d discard crash cpu
+bob b discard 0.94 cpu
+bob e keep 0.91 cpu
+eve f keep 0.1 H100"""
+
+
+def publish(book, results):
+    """Records, as fetched from a hub: lines of agent, train.py, decision, val_bpb and device; a minute each."""
+    records = {}
+    for number, result in enumerate(results.splitlines(), 1):
+        agent, letter, decision, score, device = result.split()
+        start = START | {"benchmark": "local-1", "device": device, "commit": "0" * 40}
+        run = {
+            "kind": "run",
+            "run": "x",
+            "time": f"2026-11-01T00:{number:02}:00+00:00",
+            "commit": letter * 40,
+            "seed": 1,
+        }
+        run |= {"role": "idea", "train": letter * 40, "device": device, "description": "a = b", "state": "crash"}
+        run |= {} if score == "crash" else {"val_bpb": float(score), "state": "scored"}
+        lines = [run, {"kind": "decision", "commit": letter * 40, "decision": decision}]
+        records.setdefault(agent, [start]).extend(lines)
+    for agent, lines in records.items():
+        (book.folder / "record.jsonl").write_text("looks good to me\n".join(json.dumps(line) + "\n" for line in lines))
+        book.git("add", "record.jsonl")
+        book.git("update-ref", f"refs/hub/results/test/{agent}", book.git("write-tree"))
+        book.git("rm", "-q", "--cached", "record.jsonl")
+
+
+def test_several_agents(book, cells, tmp_path):
+    publish(book, AGENTS)
+    found, text = cells()
+    shared = found["best_so_far"](found["comparable"])
+    assert list(shared["best"]) == pytest.approx([1.05, 0.92, 0.91])  # 0.92: after a second opinion
+    assert list(shared["runs"]) == [2, 2, 1]
+    bob = found["comparable"][found["comparable"]["agent"] == "test/bob"]
+    assert list(found["best_so_far"](bob)["best"]) == pytest.approx([1.1, 0.91])
+    assert "left out, because scores do not compare: 1 runs of local-1 on H100" in text
+    assert "6 runs of 2 agents, local-1 on cpu\n" in text and "0.910000 1     eeeeeee test/bob" in text
+    assert (tmp_path / "agents.png").stat().st_size > 1000
+
+
+def test_agents_that_only_crashed(book, cells):
+    publish(book, "ada a discard crash cpu")
+    assert "no runs of several agents here" in cells()[1]
+
+
 # --------------------------------------
 # The train.py of best.pt
 
