@@ -327,7 +327,7 @@ def publish(book, results):
         start = START | {"benchmark": "local-1", "device": device, "commit": "0" * 40}
         run = {
             "kind": "run",
-            "run": "x",
+            "run": str(number),
             "time": f"2026-11-01T00:{number:02}:00+00:00",
             "commit": letter * 40,
             "seed": 1,
