@@ -8,7 +8,7 @@ H100, predicted from the kernels that torch.compile generates for one that isn't
 
     uv run python tools/bench.py --gpu
 
-And how long a look at a night of 5,000 runs takes, `uv run ledger.py`, in a clone of this repository:
+And how long a look at a night of 5,000 runs takes, `uv run ledger.py`, and at a hub of 100 agents with 100,000 runs:
 
     uv run python tools/bench.py --look
 """
@@ -29,6 +29,7 @@ from tools.null_cuda import build, forgive_values
 
 ROUNDS, SECONDS = 3, 10
 LOOK_RUNS = 5000
+AGENTS, AGENT_RUNS = 100, 1_000  # of a hub
 
 
 class Segment:
@@ -275,38 +276,73 @@ def predict_all():
 
 
 # --------------------------------------
-# A look at a long night
+# Looks at a long night, and at a hub of many agents
 
 
 def look():
-    """Print the seconds that the ledger takes for a night of LOOK_RUNS runs: as many ideas, none of them kept."""
+    """Print the seconds of a look at a night of LOOK_RUNS runs, and of the commands of a hub of AGENTS such nights."""
     with tempfile.TemporaryDirectory() as folder:
-        clone, home = Path(folder, "clone"), Path(folder, "home")
+        clone, hub, home = Path(folder, "clone"), Path(folder, "hub.git"), Path(folder, "home")
         (home / "local").mkdir(parents=True)
         (home / "current").write_text("local")
         (home / "local" / "benchmark.json").write_text('{"settings": {"time_budget": 60}}')
-        environment = os.environ | {"AUTORESEARCH_HOME": str(home)}
+        options = dict(cwd=clone, env=os.environ | {"AUTORESEARCH_HOME": str(home)}, check=True, text=True)
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
-        ledger = [sys.executable, "ledger.py"]
-        start = [*ledger, "start", "long", "--until", "never"]
-        subprocess.run(start, cwd=clone, env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["git", "clone", "-q", "--bare", ROOT, hub], check=True)
+        join = ["swarm/hub.py", "join", hub, "--tag", "long", "--agent", "me", "--until", "never"]
+        subprocess.run([sys.executable, *join], stdout=subprocess.DEVNULL, **options)
 
-        # three runs of the baseline, then ideas, in the record and in the harness's journal
-        record = clone / ".git" / "autoresearch" / "long" / "record.jsonl"
+        # in the record and in the harness's journal
+        record = clone / ".git" / "autoresearch" / "long" / "me" / "record.jsonl"
         begun = json.loads(record.read_text())
-        with open(record, "a") as lines, open(home / "local" / "journal.jsonl", "w") as journal:
-            for number in range(LOOK_RUNS):
-                run = {"kind": "run", "run": str(number), "time": begun["time"], "role": "baseline", "seed": number + 1}
-                run |= {"commit": begun["commit"], "state": "scored", "val_bpb": 1 + number / 1e6}
-                run |= {"device": begun["device"], "steps": 1000, "losses": [1.0] * 10, "description": "an idea"}
-                if number >= 3:
-                    run |= {"commit": f"{number:040x}", "role": "idea", "seed": 1, "val_bpb": 1.1}
-                lines.write(json.dumps(run) + "\n")
-                journal.write(json.dumps(run) + "\n")
+        runs = [json.dumps(run) + "\n" for run in long_night(begun, LOOK_RUNS, 0)]
+        record.write_text("".join([json.dumps(begun) + "\n", *runs]))
+        (home / "local" / "journal.jsonl").write_text("".join(runs))
         for state in ("first, which decides all", "next", "next"):
-            started = time.perf_counter()
-            subprocess.run(ledger, cwd=clone, env=environment, check=True, stdout=subprocess.DEVNULL)
-            print(f"a look at {LOOK_RUNS:,} runs, the {state}: {time.perf_counter() - started:.2f} s")
+            print_seconds(f"a look at {LOOK_RUNS:,} runs, the {state}", ["ledger.py"], options)
+        fill_hub(hub, begun)
+        lines = f"{AGENTS} agents, {AGENTS * AGENT_RUNS:,} runs"
+        for command in ("exchange", "exchange", "", "look idea", "say hello"):
+            print_seconds(f"{lines}: hub.py {command}", ["swarm/hub.py", *command.split()], options)
+
+
+def print_seconds(title, command, options):
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, **options)
+    print(f"{title}: {time.perf_counter() - started:.2f} s")
+
+
+def long_night(begun, count, agent):
+    """Lines of a record: three runs of the baseline, then as many ideas, none of them kept."""
+    for number in range(count):
+        run = {"kind": "run", "run": f"{agent}-{number}", "time": begun["time"], "role": "baseline", "seed": number + 1}
+        run |= {"commit": begun["commit"], "parent": begun["commit"], "train": "1" * 40, "benchmark": "local"}
+        run |= {"state": "scored", "val_bpb": 1 + number / 1e6, "memory_gb": 1.0, "slow_steps_percent": 0.5}
+        run |= {"device": begun["device"], "steps": 1000, "losses": [1.0] * 10, "description": "an idea"}
+        if number >= 3:
+            run |= {"commit": f"{agent:020x}{number:020x}", "role": "idea", "seed": 1, "val_bpb": 1.1}
+            run |= {"train": f"{number:040x}"}
+        yield run
+
+
+def fill_hub(hub, begun):
+    """Write the records of AGENTS agents, and a ref for each of their tries, into a bare repository."""
+    refs = []
+    for agent in range(AGENTS):
+        lines = [json.dumps(line) + "\n" for line in (begun, *long_night(begun, AGENT_RUNS, agent + 1))]
+        blob = ask_git(hub, "".join(lines), "hash-object", "-w", "--stdin")
+        tree = ask_git(hub, f"100644 blob {blob}\trecord.jsonl\n", "mktree")
+        refs.append((f"results/long/agent-{agent}", ask_git(hub, "", "commit-tree", tree, "-m", "record")))
+        refs += [(f"tries/long/agent-{agent}/{number:07x}", begun["commit"]) for number in range(AGENT_RUNS // 5)]
+    known = ask_git(hub, "", "rev-parse", "HEAD")
+    text = "".join(f"create refs/{name} {known if name.startswith('tries') else commit}\n" for name, commit in refs)
+    ask_git(hub, text, "update-ref", "--stdin")
+    ask_git(hub, "", "gc", "-q")
+
+
+def ask_git(folder, text, *words):
+    command = ["git", "-C", folder, *words]
+    return subprocess.run(command, input=text, check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
