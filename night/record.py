@@ -7,6 +7,7 @@ run or commit takes the place of an earlier one. The night's first commit has th
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -208,14 +209,20 @@ def checked_until(until):
 
 def values_of(kind, line):
     """The values of a line that a Run or a Decision has. Raises TypeError where one is of another type."""
-    values = {item.name: line[item.name] for item in fields(kind) if item.name in line}
-    for item in fields(kind):
-        # JSON has no mark for a float that is whole
-        value = values.get(item.name)
-        is_number = isinstance(value, int) and item.type in (float, float | None)
-        if item.name in values and not is_number and not isinstance(value, item.type):
-            raise TypeError(item.name)
+    values = {}
+    for name, wanted in types_of(kind):
+        if name in line:
+            values[name] = line[name]
+            if not isinstance(line[name], wanted):
+                raise TypeError(name)
     return values
+
+
+@functools.cache
+def types_of(kind):
+    """The fields of a dataclass, and what JSON may give for each: it has no mark for a float that is whole."""
+    numbers = {float: (float, int), float | None: (float, int, type(None))}
+    return [(item.name, numbers.get(item.type, item.type)) for item in fields(kind)]
 
 
 def as_run(line):
