@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -366,3 +367,61 @@ def new_repository(folder, environment):
     for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-qm", "start"]):
         subprocess.run(["git", *command], cwd=folder, env=environment, check=True)
     return folder
+
+
+# --------------------------------------
+# Clusters
+
+# Of a `uv` that makes one environment, slowly; another one fails beside it and after it
+SYNC = f"""#!/bin/sh
+if [ "$1" = sync ]; then
+  mkdir "$UV_PROJECT_ENVIRONMENT" "$UV_PROJECT_ENVIRONMENT/bin" && sleep 1
+  printf '#!/bin/sh\\nexec {sys.executable} "$@"\\n' > "$UV_PROJECT_ENVIRONMENT/bin/python"
+  exec chmod +x "$UV_PROJECT_ENVIRONMENT/bin/python"
+fi
+"""
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+
+
+class Ray:
+    """Nodes on this machine, each with a home and locks of its own, as machines have."""
+
+    def __init__(self, environment):
+        self.environment = environment
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets have short paths
+        self.port, self.dashboard = free_ports(2)
+        self.address = f"http://127.0.0.1:{self.dashboard}"
+        self.nodes = []
+
+    def start(self, *words, home, cpus=1):
+        (self.folder / home).mkdir(exist_ok=True)
+        command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", *words]
+        command += [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
+        environment = self.environment | {"AUTORESEARCH_HOME": str(self.folder / home)}
+        environment |= {"RAY_health_check_period_ms": "500"}  # so that a node that is gone is missed after 3 s, not 15
+        environment.pop("RAY_API_SERVER_ADDRESS", None)
+        with open(self.folder / f"{home}.log", "w") as log:
+            options = dict(env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.nodes.append(subprocess.Popen(command, **options))
+        wait_for(lambda: "Ray runtime started" in (self.folder / f"{home}.log").read_text())
+        return self.nodes[-1]
+
+    def head(self, home, cpus=1):
+        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
+        ports += [f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.folder / 'ray'}"]
+        return self.start("--head", *ports, home=home, cpus=cpus)
+
+    def join(self, home, cpus=1):
+        return self.start(f"--address=127.0.0.1:{self.port}", home=home, cpus=cpus)
+
+    def kill(self, node):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()

@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Agent, new_repository, replace, wait_for, weaken
+from conftest import ROOT, SYNC, WEAK, Agent, Ray, new_repository, replace, wait_for, weaken
 
 import prepare
 from harness.journal import read_journal
@@ -102,8 +102,7 @@ class Client(Agent):
 
 @pytest.fixture(params=COMMANDS)
 def client(request, prepared, tmp_path, environment):
-    sync = '[ "$1" = sync ] && exec mkdir -p "$UV_PROJECT_ENVIRONMENT"'
-    replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", rf"\g<0>{sync}\n"))
+    replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC))
     benchmarks = tmp_path / "home" / ".cache" / "autoresearch"
     shutil.copytree(prepare.HOME / prepared, benchmarks / prepared, ignore=shutil.ignore_patterns("journal*", "best*"))
     (benchmarks / "current").write_text(prepared)
@@ -118,6 +117,7 @@ def client(request, prepared, tmp_path, environment):
     # however busy the machine is, every run has as many steps
     client.edit(("^LATE_LIMIT = .*", "LATE_LIMIT = 99"), file="prepare.py")
     client.edit((r"^    while 2 \* clock\.elapsed.*", "    while step < 40:"))
+    client.edit(("^BASELINE_SEEDS = .*", "BASELINE_SEEDS = (1, 2)"), file="night/rules.py")
     client.git("add", "-A")
     client.git("commit", "-qm", "weak")
     return client
@@ -176,7 +176,7 @@ def test_the_night_goes_on(client):
         ("no change", "ADAM_EPS = 1e-10", "ADAM_EPS = 1 * 1e-10"),
     ]
     log = client.folder / "run.log"
-    assert client.run("ledger.py", "start", "test", "--until", "7").returncode == 0
+    assert client.run("ledger.py", "start", "test", "--until", "6").returncode == 0
     sessions = 0
     while client.run("ledger.py", "open").returncode == 0:
         sessions += 1
@@ -202,6 +202,85 @@ def test_the_night_goes_on(client):
     assert "the gain to report" in client.run("ledger.py").stdout
     assert client.git("status", "--porcelain") == ""
     assert "Co-Authored-By" not in client.git("log", "--all", "--format=%B")
+
+
+def test_a_client_joins_a_hub(client, tmp_path):
+    """It joins, runs its baseline, says what it will try, and takes over what another agent has kept."""
+    hub, kept = tmp_path / "hub.git", tmp_path / "bob"
+    client.git("clone", "-q", "--bare", ".", str(hub))
+    client.git("clone", "-q", str(hub), str(kept))
+    bob = Agent(kept, client.environment, {})
+    assert bob.run("swarm/hub.py", "join", str(hub), "--tag", "night", "--agent", "bob", "--until", "9").returncode == 0
+    bob.edit(*((rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK))
+    bob.git("commit", "-qm", "rates up; expect +1", "--", "train.py")
+    commit, parent, train = bob.git("rev-parse", "HEAD", "HEAD^", "HEAD:train.py").split()
+    record = kept / ".git" / "autoresearch" / "night" / "bob" / "record.jsonl"
+    run = {"kind": "run", "run": "x", "time": "2026-11-28T01:00:00+00:00", "commit": commit, "parent": parent}
+    run |= {"train": train, "role": "idea", "seed": 1, "state": "scored", "val_bpb": 0.5, "description": "rates up"}
+    run |= {"device": json.loads(record.read_text())["device"]}
+    with open(record, "a") as file:
+        for line in (run, {"kind": "decision", "commit": commit, "decision": "keep", "by": "hand"}):
+            file.write(json.dumps(line) + "\n")
+    assert "bob: rates up" in bob.run("swarm/hub.py", "exchange").stdout
+
+    steps = lines(
+        f"uv run swarm/hub.py join {hub} --tag night --agent ada --until 9",
+        "uv run ledger.py run",
+        "uv run ledger.py run",
+        "uv run swarm/hub.py look rates",
+        "uv run swarm/hub.py exchange",
+        "uv run swarm/hub.py say 'rates up, as bob has them'",
+        f"uv run swarm/hub.py adopt {commit[:7]}",
+        "uv run ledger.py run",
+        "uv run swarm/hub.py exchange",
+    )
+    printed = client.outputs(steps)
+    assert "next: uv run ledger.py run" in printed[0] and "bob 0.500000 keep" in printed[3]
+    assert f"next: uv run swarm/hub.py adopt {commit[:7]}" in printed[4] and "adopted" in printed[6]
+    sent = client.git("-C", str(hub), "show", "refs/results/night/ada:record.jsonl")
+    assert sent == (client.folder / ".git" / "autoresearch" / "night" / "ada" / "record.jsonl").read_text()
+    assert "as bob has them" in sent and sent.count('"state": "scored"') == 3
+    assert client.git("-C", str(hub), "branch", "--list", "autoresearch/night/ada") != ""
+
+
+@pytest.fixture
+def ray(client):
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    ray = Ray(client.environment)
+    client.environment["RAY_API_SERVER_ADDRESS"] = client.own["RAY_API_SERVER_ADDRESS"] = ray.address
+    yield ray
+    for node in ray.nodes:
+        ray.kill(node)
+    shutil.rmtree(ray.folder)
+
+
+def test_a_client_sends_a_wave(client, ray):
+    """Two ideas in worktrees and the baseline, on a cluster of this machine that the human has started."""
+    ray.head("one")
+    client.run("ledger.py", "start", "night", "--until", "9")
+    wave, changes = "uv run --group cluster swarm/wave.py", {"deeper": "True", "wider": "not False"}
+    steps = []
+    for name, value in changes.items():
+        path = client.path(f"wave/{name}/train.py")
+        steps += [bash(len(steps), f"{wave} new {name}"), {"name": f"read {name}", "read": path}]
+        steps.append({"name": f"edit {name}", "edit": [path, "COMPILE = True  # torch.compile", f"COMPILE = {value}"]})
+        steps.append(bash(len(steps), f"{wave} commit {name} 'no change; expect +0.000'"))
+
+    def play(came):
+        if len(came) < len(steps):
+            return steps[len(came)]
+        last = came[list(came)[-1]]["result"]
+        if last.startswith("wave/") or f"next: {wave} run" in last:
+            return bash(len(came), f"{wave} run")
+        return None if "wave.py clean" in list(came)[-1] else bash(len(came), f"{wave} clean")
+
+    came = client.play(play)
+    assert not [name for name, line in came.items() if line["error"]], came
+    assert len(came) < 30 and "next: # a new idea" in came[list(came)[-1]]["result"]
+    assert not list((client.folder / "wave").iterdir())
+    rows = client.rows()[1:]
+    assert sorted(row[4].split(";")[0] for row in rows)[:3] == ["baseline, seed 1", "baseline, seed 2", "no change"]
+    assert len({row[0] for row in rows}) == 3 and client.git("status", "--porcelain") == ""
 
 
 PROGRAM_LINES = [  # that stand in its sentences

@@ -3,20 +3,16 @@ Checks what sends, judges, repeats or loses the trainings of a wave: one story o
 rest without Ray.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Agent, ask_no_torch, new_repository, replace, wait_for
+from conftest import SYNC, Agent, Ray, ask_no_torch, free_ports, new_repository, replace, wait_for
 
 import prepare
 from harness.journal import read_journal
@@ -168,15 +164,6 @@ with open(home / os.environ["AUTORESEARCH_BENCHMARK"] / "journal.jsonl", "a") as
 LINE = {"time": "2026-11-28T01:00:00+00:00", "dirty": False, "steps": 100, "tokens": 6400, "holdout_bpb": 1.5}
 LINE |= {"training_seconds": 3.0, "peak_memory_mb": 2048.0, "slow_steps_percent": 0.0, "device": "cpu test x2"}
 
-# Makes one environment, slowly; another one fails beside it and after it
-SYNC = """#!/bin/sh
-if [ "$1" = sync ]; then
-  mkdir "$UV_PROJECT_ENVIRONMENT" "$UV_PROJECT_ENVIRONMENT/bin" && sleep 1
-  printf '#!/bin/sh\\nexec {python} "$@"\\n' > "$UV_PROJECT_ENVIRONMENT/bin/python"
-  exec chmod +x "$UV_PROJECT_ENVIRONMENT/bin/python"
-fi
-"""
-
 
 class Sender(Agent):
     """A repository on the branch of a night, with its own home."""
@@ -215,7 +202,7 @@ class Sender(Agent):
 
 @pytest.fixture
 def sender(environment, prepared, tmp_path):
-    replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC.replace("{python}", sys.executable)))
+    replace(tmp_path / "bin" / "uv", (r"\A#!/bin/sh\n", SYNC))
     home = tmp_path / "home"
     shutil.copytree(prepare.HOME / prepared, home / prepared, ignore=lambda *_: ["journal.jsonl", "best.pt"])
     (home / "current").write_text(prepared)
@@ -258,51 +245,6 @@ def test_worktrees(sender):
     assert not list((sender.folder / "wave").iterdir())
     assert commit in sender.git("for-each-ref", "--format=%(objectname)", "refs/tries")
     assert WAVE_RUN in sender.python("ledger.py", "run", code=1)  # this night trains on a cluster
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind(("", 0))
-        return [listener.getsockname()[1] for listener in sockets]
-
-
-class Ray:
-    """Nodes on this machine, each with a home and locks of its own, as machines have."""
-
-    def __init__(self, environment):
-        self.environment = environment
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets have short paths
-        self.port, self.dashboard = free_ports(2)
-        self.address = f"http://127.0.0.1:{self.dashboard}"
-        self.nodes = []
-
-    def start(self, *words, home, cpus=1):
-        (self.folder / home).mkdir(exist_ok=True)
-        command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", *words]
-        command += [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
-        environment = self.environment | {"AUTORESEARCH_HOME": str(self.folder / home)}
-        environment |= {"RAY_health_check_period_ms": "500"}  # so that a node that is gone is missed after 3 s, not 15
-        environment.pop(cluster.ADDRESS)
-        with open(self.folder / f"{home}.log", "w") as log:
-            options = dict(env=environment, stdout=log, stderr=log, start_new_session=True)
-            self.nodes.append(subprocess.Popen(command, **options))
-        wait_for(lambda: "Ray runtime started" in (self.folder / f"{home}.log").read_text())
-        return self.nodes[-1]
-
-    def head(self, home, cpus=1):
-        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
-        ports += [f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.folder / 'ray'}"]
-        return self.start("--head", *ports, home=home, cpus=cpus)
-
-    def join(self, home, cpus=1):
-        return self.start(f"--address=127.0.0.1:{self.port}", home=home, cpus=cpus)
-
-    def kill(self, node):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
 
 
 @pytest.fixture
