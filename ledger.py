@@ -29,7 +29,7 @@ from harness import common
 from harness.common import OneLineParser, find_home, git, now, run_command
 from harness.journal import flags, read_journal
 from night import checks, runner
-from night.record import NoNight, append, find_tag, read_night, recording
+from night.record import NoNight, append, find_tag, read_night, read_run, recording
 from night.rules import (
     RUN,
     bar,
@@ -223,7 +223,7 @@ def run():
 def start_run(training, budget):
     """Start a keeper, unless another process has made this run since, or makes it; returns its process, or None."""
     with recording(find_tag()) as (night, place):
-        if runner.read_run(place) or next_step(night).training != training:
+        if next_step(night).training != training:
             return None
         return runner.begin(place, night, training, budget)
 
@@ -239,7 +239,7 @@ def wait_for_run(place, keeper):
             time.sleep(POLL_SECONDS)
             if keeper:
                 keeper.poll()  # so that it is no zombie
-            state = runner.read_run(place) or {}
+            state = read_run(place) or {}
             if state.get("waiting") and state["waiting"] != said:
                 said = state["waiting"]
                 print(f"waiting for the device: {said}", flush=True)
@@ -266,17 +266,20 @@ def print_run(run, night, journal, log):
     """A run that is over: its score and gain, its curve beside that of the last keep, and what asks for a look."""
     print(f"run:  {short(run.commit)} {run_in_words(run, night)}")
 
-    # beside the curve of the last keep
+    # beside the curve of the last keep; where it has become that, of the one before
     if run.losses:
         print(f"loss by tenths: {as_curve(run.losses)}")
-    keeps = night.attempt(night.last_keep).counted()
-    if keeps and run.commit != night.last_keep:
+    keep = night.last_keep
+    if run.commit == keep and run.role == "idea":
+        keep = night.kept[-2]
+    keeps = night.attempt(keep).counted()
+    if keeps and run.commit != keep:
         speed = f"{keeps[-1].steps:,} steps, {keeps[-1].tokens_per_second:,.0f} tokens/s"
         print(f"last keep:      {as_curve(keeps[-1].losses)}, seed {keeps[-1].seed}, {speed}")
     warnings = [flag for line in journal if line.get("run") == run.run for flag in flags(line)]
     print_problems(warnings + runner.fallbacks(log))
     decision = night.attempt(run.commit).decision
-    if decision:
+    if decision and run.role == "idea":
         print(f"decision: {decision.decision} {short(run.commit)}, {decision.reason}")
 
 
@@ -405,11 +408,10 @@ def is_open():
     Where another branch is checked out, an agent can go back to the night's.
     """
     try:
-        night, place = read_night()
+        night, _ = read_night()
     except NoNight as error:
         print(error)
         return "git checkout" in str(error)
-    night.going_on = runner.read_run(place)
     step = next_step(night)
     if step.kind in ("over", "tell"):
         print(f"{step.command.removeprefix('# ')}: {step.reason}")

@@ -150,7 +150,7 @@ class Night:
     worktrees: dict = field(default_factory=dict)  # of a wave: name -> Checkout
     out: list = field(default_factory=list)  # jobs on a cluster that have not ended, as in jobs/*.json
     on_cluster: bool = False  # whether the human has named a cluster that trains
-    going_on: dict | None = None  # run.json of the run that is going on
+    going_on: dict | None = None  # run.json of the run that is going on, or is over and not recorded yet
     time: str = ""  # now
 
     @property
@@ -364,12 +364,13 @@ def start_of(tag):
 
 
 def look_around(night, place):
-    """Where git is, here and in the worktrees of a wave, and what is out."""
+    """Where git is, here and in the worktrees of a wave, and what is running."""
     here = look_at(common.ROOT, night.start)
     night.line, night.changed, night.other_files = here.line, here.changed, here.other_files
     for marker in sorted((common.ROOT / "wave").glob("*/.git")):
         night.worktrees[marker.parent.name] = look_at(marker.parent, night.start)
     night.out = [job for job in read_jobs(place).values() if "exit" not in job]
+    night.going_on = read_run(place)
     night.on_cluster = bool(os.environ.get("RAY_API_SERVER_ADDRESS"))
 
 
@@ -383,6 +384,14 @@ def look_at(folder, start):
     names = git("diff", "--name-only", "--no-ext-diff", start, "HEAD", "--", "*.py", folder=folder).output
     others = tuple(name for name in names.split("\n") if name not in ("", "train.py"))
     return Checkout(tuple(line.split()), changed, others)
+
+
+def read_run(place):
+    """run.json, a dict; None if no run is going on or to be settled."""
+    try:
+        return json.loads((place / "run.json").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def read_jobs(place):

@@ -189,7 +189,8 @@ def judge(attempt, night):
             return Decision(attempt.commit, "discard", **numbers, reason=reason)
     if len(gains) < len(IDEA_SEEDS):
         return None
-    return Decision(attempt.commit, "keep", **numbers, reason=f"each step gained more than {least:.6f}")
+    reason = f"each step gained more than {least:.6f}, the last {gains[-1]:+.6f}"
+    return Decision(attempt.commit, "keep", **numbers, reason=reason)
 
 
 def judge_simpler(attempt, gains, numbers):
@@ -269,7 +270,8 @@ def needed_on_cluster(night):
         found = needed(night.start, night) + needed_again(night) + found
     elif not found and not night.out:
         found = needed_finals(night)
-    out = [Training(job["role"], job["commit"], job["seed"]) for job in night.out]
+    running = [*night.out, night.going_on] if night.going_on else night.out
+    out = [Training(state["role"], state["commit"], state["seed"]) for state in running]
     return [training for training in found if training not in out]
 
 
@@ -413,7 +415,10 @@ def at_the_end(night):
         return run_step(night, missing[0], "the end: what was gained, on seeds that selected nothing")
     if night.head != night.last_keep:
         return go_back(night, "the end: the branch ends with the last keep")
-    return Step("over", OVER, result_of(night))
+    result = result_of(night)
+    if "/" in night.tag:
+        result += "; share it, if you have not: uv run swarm/hub.py exchange"
+    return Step("over", OVER, result)
 
 
 def result_of(night):
@@ -489,11 +494,11 @@ def with_the_last_keep(night):
     again = needed_again(night)
     if again:
         return run_step(night, again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
-    when_done = f"nothing is left to run; commit the idea when it is done: {COMMIT}"
+    when_done = f"nothing is left to run; when the edit is done, commit it: {COMMIT}"
     if night.on_cluster:
         when_done = "nothing is left to run; make a worktree for each idea (swarm/program.md)"
     if "/" in night.tag:  # it is shared on a hub
-        when_done = f"exchange, look and say what you will try (swarm/program.md); {when_done}"
+        when_done = f"exchange, look and say what you will try (swarm/program.md). Then: {when_done}"
     if night.changed:
         return Step("idea", "# a new idea is in train.py: finish it", when_done)
 

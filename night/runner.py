@@ -31,7 +31,7 @@ from harness import common
 from harness.common import DEVICE_TAKEN, call_git, find_home, git, now, printable, write_atomically
 from harness.journal import SLOW_FLAG
 from night import rules
-from night.record import append, read_jobs
+from night.record import append, read_jobs, read_run
 
 KEEPER_SECONDS = 20 * 60  # beside the budget: the harness ends a run that hangs before that
 INTERRUPT_SECONDS = 10  # that a training gets to end after Ctrl-C
@@ -51,14 +51,6 @@ def is_running(place):
         except BlockingIOError:
             return True
     return False
-
-
-def read_run(place):
-    """run.json, a dict; None if no run is going on or to be settled."""
-    try:
-        return json.loads((place / "run.json").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def begin(place, night, training, budget):
@@ -210,11 +202,9 @@ def settle(place, night, journal, running):
 
     # what is over: jobs of a wave, and the run here
     over = {path: job for path, job in read_jobs(place).items() if "exit" in job}
-    state = read_run(place)
-    if state and running:
-        night.going_on = state
-    elif state:
-        over[place / "run.json"] = state
+    if night.going_on and not running:
+        over[place / "run.json"] = night.going_on
+        night.going_on = None
     for state in over.values():
         if state["run"] not in night.runs and (is_ours(state, place) or state["run"] in scored):
             append(place, night, *end_lines(state, scored.get(state["run"]), night))

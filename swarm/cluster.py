@@ -23,6 +23,8 @@ def connect():
     host = urlsplit(address).hostname
     if not host:
         raise SystemExit(f"{ADDRESS} must be like http://127.0.0.1:8265, not {address}")
+
+    # a proxy of the user's does not know the cluster's network
     hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if host not in hosts.split(","):
         hosts = f"{hosts},{host}".removeprefix(",")
@@ -75,6 +77,8 @@ def choose_slot(nodes, device, wanted):
         # a node without CPUs takes no training
         cpus = [node.resources_total["CPU"] for node in nodes if node.resources_total.get("CPU")]
         slot["entrypoint_num_cpus"] = min(cpus, default=1)
+
+    # GPUs of several kinds
     kinds = {name for node in with_gpus for name in node.resources_total if name.startswith(KIND)}
     fitting = [kind for kind in kinds if kind.removeprefix(KIND) in device]
     others = []

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ t
 
 from harness.common import ROOT, find_home, write_atomically
 from harness.journal import read_journal
-from night.runner import Keeper, read_log, read_run
+from night.record import read_run
+from night.runner import Keeper, read_log
 
 RESULT = "RESULT "  # begins the line with the end of a training
 
@@ -36,8 +37,12 @@ def run(state, arguments):
     `arguments` are those with which prepare.py makes the benchmark.
     """
     home = find_home()
-    os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to 1
-    os.environ.pop("VIRTUAL_ENV", None)  # Ray's own
+
+    # what Ray sets for itself
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ.pop("VIRTUAL_ENV", None)
+
+    # one job makes what all of this node need
     place = home / "jobs" / state["training"]
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "jobs.lock"):
@@ -52,6 +57,8 @@ def run(state, arguments):
             train(state | {"log": str(place / "run.log"), "python": python}, place, lock)
             scored = find_score(home, state)
         end = read_run(place)
+
+        # the log first: whoever reads the job takes its last line
         print(read_log(end["log"]))
         scored = scored and scored | {"run": state["run"]}
         print(RESULT + json.dumps({"exit": end.get("exit"), "ended": end.get("ended"), "scored": scored}), flush=True)
@@ -59,6 +66,7 @@ def run(state, arguments):
 
 
 def train(state, place, lock):
+    # Ray may give this folder to another job
     shutil.rmtree(place / "run", ignore_errors=True)
     shutil.copytree(ROOT, place / "run")
     write_atomically(place / "run.json", json.dumps(state))

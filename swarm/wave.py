@@ -100,6 +100,8 @@ def run(wait, slot):
     before = set(night.runs)
     collect(client, place)
     night = submit(client, slot)
+
+    # what follows from a result is sent before this ends
     deadline = time.monotonic() + wait
     while night.out and set(night.runs) == before and time.monotonic() < deadline:
         time.sleep(1)

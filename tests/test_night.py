@@ -178,7 +178,8 @@ NIGHTS = {  # night -> command, words of the reason, the run if it is one
     "HEAD is an idea": (night_of(*BASE[:2], at=A), RUN, "baseline", ("baseline", S, 3)),
     "an edit meanwhile": (night_of(*BASE[:2], changed=True), RUN, "baseline", ("baseline", S, 3)),
     "complete": (night_of(*BASE), IDEA, "git commit", None),
-    "complete, on a hub": (night_of(*BASE, tag="night/ada"), IDEA, "exchange", None),
+    "complete, on a hub": (night_of(*BASE, tag="night/ada"), IDEA, "exchange, look and say", None),
+    "over, on a hub": (night_of(*BASE, tag="night/ada", until="3"), OVER, "hub.py exchange", None),
     "complete with two scores": (night_of((S, 1, "crash"), *BASE[1:]), IDEA, "git commit", None),
     "going on": (night_of(*BASE[:2], going_on={"run": "x"}), RUN, "going on", None),
     # for the human
@@ -347,6 +348,10 @@ WINNERS = [*GOOD, *((B, seed, 0.98) for seed in (1, 2, 3))]
 SENT = {  # night -> what is sent
     "all at once": (wave_of(), BASELINE + ideas((A, 1), (B, 1))),
     "what is out is not sent": (wave_of(out=[("baseline", S, 1), ("idea", B, 1)]), BASELINE[1:] + ideas((A, 1))),
+    "what runs here": (
+        wave_of(going_on={"role": "baseline", "commit": S, "seed": 1}),
+        BASELINE[1:] + ideas((A, 1), (B, 1)),
+    ),
     "until the bar is known, only first runs": (wave_of(BASE[0], GOOD[0]), BASELINE[1:] + ideas((B, 1))),
     "then all that may decide": (wave_of(*BASE, GOOD[0]), ideas((A, 2), (A, 3), (B, 1))),
     "a seed that was disturbed": (wave_of(*BASE, GOOD[0], (A, 2, "disturbed"), ideas=[A]), ideas((A, 2), (A, 3))),
