@@ -11,7 +11,8 @@ The commands of a night: what has run, what it is worth, and what comes next.
 Nothing heavy is imported, so it may run beside a training.
 
 Sections: Night, Status, Run, Keep and discard, Start and until, Open, Command line. In night/: record.py reads and
-writes the night's record, rules.py decides, runner.py trains, view.py writes results.tsv, checks.py looks for problems.
+writes the night's record, rules.py decides, steps.py says what comes next, runner.py trains, view.py writes results.tsv,
+checks.py looks for problems.
 """
 
 import itertools
@@ -30,16 +31,8 @@ from harness.common import OneLineParser, find_home, git, now, run_command
 from harness.journal import flags, read_journal
 from night import checks, runner
 from night.record import NoNight, append, find_tag, read_night, read_run, recording
-from night.rules import (
-    RUN,
-    bar,
-    gains_of,
-    is_over,
-    next_step,
-    noise_floor,
-    scores_of,
-    short,
-)
+from night.rules import bar, gains_of, is_over, noise_floor, scores_of, short
+from night.steps import RUN, next_step
 from night.view import move_aside, rows_of, write_view
 
 LAST_ROWS = 10  # that the status shows

@@ -1,10 +1,10 @@
 """
-What a commit is worth, and what comes next: pure functions of a Night that was read once.
+What a commit is worth, what is decided of it, and what it needs: pure functions of a Night that was read once.
 
 Gains are positive where val_bpb has fallen. Three runs decide (../program.md): each step of the way asks for a gain of
 more than QUARTER of the noise floor over the last keep.
 
-Sections: Worth, Decisions, What a commit needs, What comes next.
+Sections: Worth, Decisions, What a commit needs.
 """
 
 import math
@@ -20,20 +20,10 @@ FINAL_SEEDS = (4, 5)  # that selected nothing: they tell what the night has gain
 FIRST_AGAIN = 6  # seed of the first run with which a last keep sharpens its bar
 LEAST_SCORES = 2  # of the baseline
 AGAIN_RUNS = 20  # counted runs after which the last keep runs once more
-PRUNING_IDEAS = 8  # after which something that was kept is taken out, to see
-STUCK_IDEAS = 5  # not kept in a row: time for another kind of idea
 MOST_DISTURBED = 3  # such runs of one seed are a crash ...
 MOST_KILLED, MOST_INTERRUPTED = 2, 3  # ... and so are these
 
 STEPS = ("the first run", "the second run", "the mean of the second and third run")
-
-# What an agent types
-RUN = "uv run ledger.py run"
-WAVE_RUN = "uv run --group cluster swarm/wave.py run"
-COMMIT = "git commit -q -m '<idea>; expect <gain>' -- train.py"
-DROP = "git checkout HEAD -- train.py"
-NEW_IDEA = "# a new idea: edit train.py"
-OVER = "# the night is over"
 
 
 @dataclass(frozen=True)
@@ -43,16 +33,6 @@ class Training:
     role: str
     commit: str
     seed: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """What comes next: its kind, a command that can be run as it stands, or a comment (#), and the reason."""
-
-    kind: str  # run, wait, wave, idea, drop, reset, tell or over
-    command: str
-    reason: str
-    training: Training | None = None  # of the kind run
 
 
 def short(commit):
@@ -246,6 +226,19 @@ def lacks_baseline(night):
     return bool(baseline_seeds(night)) and not is_over(night)
 
 
+def is_candidate(night):
+    """Whether HEAD could be kept: it is above the last keep, and so is nothing that was decided."""
+    above = commits_above(night)
+    return bool(above) and not night.other_files and all(not night.attempt(commit).verdict for commit in above[:-1])
+
+
+def commits_above(night):
+    """The commits from the last keep, which is left out, to HEAD; none if HEAD is not above it."""
+    if night.last_keep not in night.line:
+        return ()
+    return night.line[night.line.index(night.last_keep) + 1 :]
+
+
 def needed_in_wave(night, *others):
     """
     The runs that the ideas in the worktrees of a wave, and in other checkouts, need: [Training]. At the end only those
@@ -318,213 +311,3 @@ def is_over(night):
     if night.until.isdecimal():
         return len([run for run in night.runs.values() if run.is_over and run.role != "final"]) >= int(night.until)
     return night.time >= night.until
-
-
-# --------------------------------------
-# What comes next
-
-
-def next_step(night):
-    """The next Step, in the order of the rules in program.md."""
-    return (
-        with_a_run_going_on(night)
-        or for_the_human(night)
-        or with_a_wave(night)
-        or in_baseline(night)
-        or at_the_end(night)
-        or off_the_line(night)
-        or with_an_idea(night)
-        or with_the_last_keep(night)
-    )
-
-
-def run_step(night, training, reason):
-    command = WAVE_RUN if night.on_cluster else RUN
-    return Step("run", command, f"{reason}: seed {training.seed} of {short(training.commit)}", training)
-
-
-def with_a_run_going_on(night):
-    if night.going_on:
-        return Step("wait", RUN, "a run is going on: this waits for it")
-    return None
-
-
-def with_a_wave(night):
-    if night.out:
-        return Step("wave", WAVE_RUN, f"jobs are out, {len(night.out)} of them: this waits for the next result")
-    if needed_in_wave(night):
-        return Step("wave", WAVE_RUN, "an idea in a worktree needs a run")
-    return None
-
-
-def for_the_human(night):
-    """What no agent can mend, until the human says `until` again."""
-    recent = runs_since_end(night)
-
-    # an interrupted run says nothing yet: it runs again
-    baseline = [run for run in recent if run.role == "baseline" and run.state != "interrupted"]
-    mended = "mend it, then say when the night ends: uv run ledger.py until <when>"
-    if len(recent) >= 2 and all(run.state == "elsewhere" for run in recent[-2:]):
-        found = f"the last two runs were on {recent[-1].device}, but this night is on {night.device}"
-    elif baseline and baseline[-1].state == "crash" and baseline[-1].exit is None:
-        found = f"the untouched train.py does not get through a run: {baseline[-1].reason}"
-    elif len(baseline) >= 2 and all(run.state == "crash" for run in baseline[-2:]):
-        found = f"the untouched train.py crashes here: {baseline[-1].reason}"
-    elif too_few_scores(night):
-        found = f"the baseline has fewer than {LEAST_SCORES} scores"
-    else:
-        return None
-    return Step("tell", f"# tell the human: {found}", mended)
-
-
-def too_few_scores(night):
-    return not needed(night.start, night) and len(scores_of(night.attempt(night.start))) < LEAST_SCORES
-
-
-def in_baseline(night):
-    missing = needed(night.start, night)
-    if missing and not is_over(night):
-        return run_step(night, missing[0], "the baseline")
-    return None
-
-
-def is_candidate(night):
-    """Whether HEAD could be kept: it is above the last keep, and so is nothing that was decided."""
-    above = commits_above(night)
-    return bool(above) and not night.other_files and all(not night.attempt(commit).verdict for commit in above[:-1])
-
-
-def commits_above(night):
-    """The commits from the last keep, which is left out, to HEAD; none if HEAD is not above it."""
-    if night.last_keep not in night.line:
-        return ()
-    return night.line[night.line.index(night.last_keep) + 1 :]
-
-
-def at_the_end(night):
-    """A commit that has a run gets those that decide; then baseline and last keep run on fresh seeds."""
-    if not is_over(night):
-        return None
-
-    # what has begun is decided first; then what was gained, and the branch ends where the night has come to
-    missing = needed(night.head, night)
-    if is_candidate(night) and night.attempt(night.head).counted() and missing:
-        return run_step(night, missing[0], "the end, but this commit is not decided")
-    missing = needed_finals(night)
-    if missing:
-        return run_step(night, missing[0], "the end: what was gained, on seeds that selected nothing")
-    if night.head != night.last_keep:
-        return go_back(night, "the end: the branch ends with the last keep")
-    result = result_of(night)
-    if "/" in night.tag:
-        result += "; share it, if you have not: uv run swarm/hub.py exchange"
-    return Step("over", OVER, result)
-
-
-def result_of(night):
-    """The result of the night, in words."""
-    if night.last_keep == night.start:
-        return "nothing was kept"
-    gained = final_gain(night)
-    if math.isnan(gained):
-        return "the final runs have no score, so no gain is confirmed"
-    words = f"the gain to report, on fresh seeds: {gained:+.6f}"
-    floor = noise_floor(night)
-    if abs(gained) <= floor:
-        words += f", within the noise floor of {floor:.6f}"
-    return words
-
-
-def go_back(night, reason):
-    """Reset to the last keep; changes that are in the way have to be dropped first."""
-    if night.changed:
-        return Step("drop", f"# note what you have in train.py, then drop it: {DROP}", reason)
-    return Step("reset", f"git reset -q --keep {short(night.last_keep)}", reason)
-
-
-def off_the_line(night):
-    """HEAD is where nothing can be kept."""
-    if night.last_keep not in night.line:
-        return go_back(night, "HEAD is not on top of the last keep")
-    if night.other_files:
-        return go_back(night, f"HEAD changes {', '.join(night.other_files)}: only train.py may differ")
-    for commit in commits_above(night)[:-1]:
-        if night.attempt(commit).verdict:
-            return go_back(night, f"HEAD is on top of {short(commit)}, which was not kept, and contains that change")
-    return None
-
-
-def with_an_idea(night):
-    """HEAD is a commit that is not kept."""
-    if night.head == night.last_keep:
-        return None
-    attempt = night.attempt(night.head)
-
-    # decided, or not committed as it stands
-    if attempt.verdict == "discard":
-        reason = f"discarded, {attempt.decision.reason}"
-        if can_be_simpler(attempt):
-            reason += " (only if it is simpler: `uv run ledger.py keep`)"
-        return go_back(night, reason)
-    if night.changed:
-        return Step("drop", "# train.py has changes: commit them, or drop them", f"to drop them: {DROP}")
-
-    # its runs, unless the bar has to be sharpened before the first of them
-    missing = needed(night.head, night)
-    if not missing:
-        return go_back(night, "its runs decide nothing, for the last keep has no score that counts")
-    again = needed_again(night)
-    if again and not attempt.runs:
-        return run_step(night, again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
-    if not attempt.counted():
-        return run_step(night, missing[0], "a new idea")
-    return run_step(night, missing[0], "promising")
-
-
-def can_be_simpler(attempt):
-    """Whether `keep` could still make something of a commit that the rule has discarded."""
-    decision = attempt.decision
-    if decision.by == "hand" or decision.gain is None:  # a crash has no gain
-        return False
-    return len(attempt.counted()) == 1 or decision.gain >= 0
-
-
-def with_the_last_keep(night):
-    """HEAD is the last keep: time for an idea."""
-    again = needed_again(night)
-    if again:
-        return run_step(night, again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
-    when_done = f"nothing is left to run; when the edit is done, commit it: {COMMIT}"
-    if night.on_cluster:
-        when_done = "nothing is left to run; make a worktree for each idea (swarm/program.md)"
-    if "/" in night.tag:  # it is shared on a hub
-        when_done = f"exchange, look and say what you will try (swarm/program.md). Then: {when_done}"
-    if night.changed:
-        return Step("idea", "# a new idea is in train.py: finish it", when_done)
-
-    # now and then another kind of idea is due
-    if night.last_keep != night.start and ideas_since_pruning(night) >= PRUNING_IDEAS:
-        reason = "pruning is due: take out one thing that was kept; its message begins with `prune`"
-        return Step("idea", NEW_IDEA, reason)
-    lost = ideas_since_keep(night)
-    if lost >= STUCK_IDEAS:
-        return Step("idea", NEW_IDEA, f"{lost} ideas in a row were not kept: change the structure, not a number")
-    return Step("idea", NEW_IDEA, when_done)
-
-
-def ideas_since_pruning(night):
-    count = 0
-    for commit in night.decided:
-        count += 1
-        if night.attempt(commit).description.startswith("prun"):
-            count = 0
-    return count
-
-
-def ideas_since_keep(night):
-    count = 0
-    for decision in night.decided.values():
-        count += 1
-        if decision.decision == "keep":
-            count = 0
-    return count

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ t
 import ledger
 from harness.common import OneLineParser, call_git, git, now, printable, resolve, run_command
 from night.record import append, read_night, recording
-from night.rules import bar, next_step, noise_floor, short
+from night.rules import bar, noise_floor, short
+from night.steps import next_step
 from swarm.share import NAME, NETWORK_SECONDS, join, own_tag, read_agents, receive, send
 
 SHOWN = 20  # lines of `look`

@@ -30,7 +30,8 @@ from harness.common import OneLineParser, call_git, find_home, first_line, git, 
 from harness.journal import add_run
 from night import runner
 from night.record import read_jobs, recording
-from night.rules import WAVE_RUN, needed_on_cluster, next_step, short
+from night.rules import needed_on_cluster, short
+from night.steps import WAVE_RUN, next_step
 from swarm.cluster import asking, choose_slot, connect, list_jobs, living_nodes
 from swarm.job import RESULT
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 import ledger
 from harness import common
 from night import checks
-from night.rules import NEW_IDEA, RUN
+from night.steps import NEW_IDEA, RUN
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 

@@ -1,6 +1,6 @@
 """
-Checks of night/rules.py: noise floor and gains against brute force, the rule of acceptance as a table and on the draws
-of a simulation, what comes next in a table of nights, and random nights that must come to an end.
+Checks of night/rules.py and steps.py: noise floor and gains against brute force, the rule of acceptance as a table and
+on the draws of a simulation, what comes next in a table of nights, waves, and random nights that must come to an end.
 """
 
 import math
@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from night import rules
+from night import rules, steps
 from night.record import Checkout, Night
-from night.rules import Training, due_decisions, gains_of, needed, needed_on_cluster, next_step, noise_floor
+from night.rules import Training, due_decisions, gains_of, needed, needed_on_cluster, noise_floor
+from night.steps import next_step
 
 S, A, B, C = (letter * 40 for letter in "0abc")  # the start, and ideas
 BASE = [(S, 1, 0.995), (S, 2, 1.0), (S, 3, 1.005)]  # the noise floor is 0.010, so each step takes more than 0.0025
@@ -152,7 +153,7 @@ def test_the_rule_on_the_draws_of_the_simulation():
 # --------------------------------------
 # What comes next: a table of nights
 
-RUN, IDEA, OVER, DROP = "uv run ledger.py run", rules.NEW_IDEA, rules.OVER, rules.DROP
+RUN, IDEA, OVER, DROP = "uv run ledger.py run", steps.NEW_IDEA, steps.OVER, steps.DROP
 CHANGES = "# train.py has changes: commit them, or drop them"
 NOTE = f"# note what you have in train.py, then drop it: {DROP}"
 KEPT = [*BASE, *GOOD]
@@ -407,8 +408,8 @@ def test_nothing_of_a_wave_is_judged_before_the_bar_is_known():
 
 def test_what_comes_next_in_a_wave():
     assert next_step(wave_of(out=[("baseline", S, 1)])).reason.startswith("jobs are out, 1 of them")
-    assert next_step(wave_of(*BASE)).command == rules.WAVE_RUN
-    assert next_step(wave_of(ideas=[])).command == rules.WAVE_RUN  # the baseline
+    assert next_step(wave_of(*BASE)).command == steps.WAVE_RUN
+    assert next_step(wave_of(ideas=[])).command == steps.WAVE_RUN  # the baseline
     assert next_step(wave_of(ideas=[], on_cluster=False)).command == RUN
     assert next_step(wave_of(*BASE, (A, 1, 1.1), (B, 1, 1.1))).command == IDEA
     gone = wave_of(*BASE, (A, 1, 0.99), ideas=[])

@@ -10,7 +10,7 @@ from conftest import PROGRAM, ROOT, WEAK, Agent, new_repository, wait_for, weake
 
 import prepare
 from harness.journal import read_journal
-from night.rules import DROP, NEW_IDEA, OVER
+from night.steps import DROP, NEW_IDEA, OVER
 
 START = ["ledger.py", "start", "test", "--until", "9"]
 STOP = r"^    clock.stop\(\)"

@@ -16,7 +16,7 @@ from conftest import SYNC, Agent, Ray, ask_no_torch, free_ports, new_repository,
 
 import prepare
 from harness.journal import read_journal
-from night.rules import WAVE_RUN
+from night.steps import WAVE_RUN
 from swarm import cluster, wave
 
 WRONG = {
