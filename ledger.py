@@ -10,9 +10,9 @@ The commands of a night: what has run, what it is worth, and what comes next.
 
 Nothing heavy is imported, so it may run beside a training.
 
-Sections: Night, Status, Run, Keep and discard, Start and until, Open, Command line. In night/: record.py reads and
-writes the night's record, rules.py decides, steps.py says what comes next, runner.py trains, view.py writes results.tsv,
-checks.py looks for problems.
+Sections: Night, Status, Run, Keep and discard, Start and until, Open, Command line. In night/: state.py is a night as a
+look sees it, record.py reads and writes its record, rules.py decides, steps.py says what comes next, runner.py trains,
+ends.py judges how that ended, view.py writes results.tsv, checks.py looks for problems.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from datetime import datetime, timedelta, timezone
 from harness import common
 from harness.common import OneLineParser, find_home, git, now, run_command
 from harness.journal import flags, read_journal
-from night import checks, runner
+from night import checks, ends, runner
 from night.record import NoNight, append, find_tag, read_night, read_run, recording
 from night.rules import bar, gains_of, is_over, noise_floor, scores_of, short
 from night.steps import RUN, next_step
@@ -52,7 +52,7 @@ def load():
         # asked before the journal is read: a run that ends in between is settled by the next look
         running = runner.is_running(place)
         journal = [line for line in read_journal(find_home() / night.benchmark) if line.get("commit")]
-        runner.settle(place, night, journal, running)
+        ends.settle(place, night, journal, running)
         edited = write_view(common.ROOT, night, place)
     problems = [edited] if edited else []
     if night.unreadable:
@@ -270,7 +270,7 @@ def print_run(run, night, journal, log):
         speed = f"{keeps[-1].steps:,} steps, {keeps[-1].tokens_per_second:,.0f} tokens/s"
         print(f"last keep:      {as_curve(keeps[-1].losses)}, seed {keeps[-1].seed}, {speed}")
     warnings = [flag for line in journal if line.get("run") == run.run for flag in flags(line)]
-    print_problems(warnings + runner.fallbacks(log))
+    print_problems(warnings + ends.fallbacks(log))
     decision = night.attempt(run.commit).decision
     if decision and run.role == "idea":
         print(f"decision: {decision.decision} {short(run.commit)}, {decision.reason}")

@@ -11,7 +11,7 @@ import math
 import statistics
 from dataclasses import dataclass, replace
 
-from night.record import Decision
+from night.state import Decision
 
 QUARTER = 1 / 4  # of the noise floor: what each step must gain
 IDEA_SEEDS = (1, 2, 3)

@@ -69,6 +69,7 @@ def with_a_run_going_on(night):
 
 
 def with_a_wave(night):
+    # a wave goes on until all of it is decided
     if night.out:
         return Step("wave", WAVE_RUN, f"jobs are out, {len(night.out)} of them: this waits for the next result")
     if needed_in_wave(night):
@@ -101,6 +102,7 @@ def too_few_scores(night):
 
 
 def in_baseline(night):
+    # at the end it has to do with what there is
     missing = needed(night.start, night)
     if missing and not is_over(night):
         return run_step(night, missing[0], "the baseline")
@@ -131,6 +133,8 @@ def result_of(night):
     """The result of the night, in words."""
     if night.last_keep == night.start:
         return "nothing was kept"
+
+    # the difference of the final runs, which selected nothing
     gained = final_gain(night)
     if math.isnan(gained):
         return "the final runs have no score, so no gain is confirmed"
@@ -150,10 +154,13 @@ def go_back(night, reason):
 
 def off_the_line(night):
     """HEAD is where nothing can be kept."""
+    # by hand, or by a branch of another tool
     if night.last_keep not in night.line:
         return go_back(night, "HEAD is not on top of the last keep")
     if night.other_files:
         return go_back(night, f"HEAD changes {', '.join(night.other_files)}: only train.py may differ")
+
+    # what stands on a discard contains it
     for commit in commits_above(night)[:-1]:
         if night.attempt(commit).verdict:
             return go_back(night, f"HEAD is on top of {short(commit)}, which was not kept, and contains that change")
@@ -189,8 +196,9 @@ def with_an_idea(night):
 
 def can_be_simpler(attempt):
     """Whether `keep` could still make something of a commit that the rule has discarded."""
+    # a crash has no gain, and the human's or the agent's word is the last
     decision = attempt.decision
-    if decision.by == "hand" or decision.gain is None:  # a crash has no gain
+    if decision.by == "hand" or decision.gain is None:
         return False
     return len(attempt.counted()) == 1 or decision.gain >= 0
 

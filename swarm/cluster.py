@@ -17,6 +17,7 @@ KIND = "accelerator_type:"  # begins the resource with which Ray names the GPUs 
 
 def connect():
     """Ray's client for jobs. Requests go past any proxy. Raises SystemExit where no cluster is named, or answers."""
+    # explicitly, so that nobody's jobs land on a stranger's cluster
     address = os.environ.get(ADDRESS)
     if not address:
         raise SystemExit(f"no cluster is named: the human says {START}")

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from night import rules, steps
-from night.record import Checkout, Night
 from night.rules import Training, due_decisions, gains_of, needed, needed_on_cluster, noise_floor
+from night.state import Checkout, Night
 from night.steps import next_step
 
 S, A, B, C = (letter * 40 for letter in "0abc")  # the start, and ideas
