@@ -81,6 +81,7 @@ class Try:
 
     @property
     def description(self):
+        # all its runs have it
         return next((run.description for run in self.runs.values()), "")
 
     def of_role(self, *roles):
