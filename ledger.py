@@ -27,7 +27,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 
 from harness import common
-from harness.common import OneLineParser, find_home, git, now, run_command
+from harness.common import OneLineParser, find_home, git, now, resolve, run_command
 from harness.journal import flags, read_journal
 from night import checks, ends, runner
 from night.record import NoNight, append, find_tag, read_night, read_run, recording
@@ -57,10 +57,24 @@ def load():
     problems = [edited] if edited else []
     if night.unreadable:
         problems.append(f"{night.unreadable} lines of {place / 'record.jsonl'} cannot be read, and do not count")
+    same = same_train(night)
+    if same:
+        problems.append(f"this train.py has run before, as {short(same.commit)}: {same.verdict or 'undecided'}")
     by_hand = [line for line in journal if line["commit"] == night.head and not line.get("run")]
     if by_hand:
         problems.append(f"{len(by_hand)} runs of this commit by hand have no row: `{RUN}` makes runs that count")
     return night, place, journal, problems
+
+
+def same_train(night):
+    """The Try whose train.py HEAD has under another commit, while HEAD is to be decided; None if there is none."""
+    if night.head in night.kept or night.attempt(night.head).verdict:
+        return None
+    train = resolve("HEAD:train.py")
+    for attempt in night.tries.values():
+        if attempt.commit != night.head and any(run.train == train for run in attempt.runs.values()):
+            return attempt
+    return None
 
 
 def load_budget(night):

@@ -683,6 +683,7 @@ def print_summary(record, source):
 def prepare(request, source):
     """Find the benchmark, or build it, and make it the current one, unless one is named. Returns its record."""
     HOME.mkdir(parents=True, exist_ok=True)
+    (HOME / ".gitignore").write_text("*\n")  # it may lie in the clone
     with FileLock(HOME / "prepare.lock"):
         record = find_record(HOME, hash_request(request))
         if record is None:

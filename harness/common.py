@@ -25,17 +25,12 @@ GIT_SECONDS = 20  # for signing and hooks
 # What a user's configuration could change in the output of git, set to what we read
 GIT_SETTINGS = {
     "log.showSignature": "false",
-    "log.showRoot": "true",
-    "log.decorate": "false",
-    "log.date": "default",
-    "color.ui": "false",
+    "i18n.logOutputEncoding": "UTF-8",
+    "color.diff": "false",
     "core.quotePath": "false",
-    "diff.external": "",
-    "diff.noprefix": "false",
-    "diff.mnemonicPrefix": "false",
-    "status.showUntrackedFiles": "all",
-    "status.branch": "false",
-    "column.ui": "never",
+    "core.abbrev": "7",
+    "push.followTags": "false",
+    "push.gpgSign": "false",
 }
 GIT_ENVIRONMENT = {
     "GIT_TERMINAL_PROMPT": "0",

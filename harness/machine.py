@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from harness.common import DEVICE_TAKEN, first_line
+from harness.common import DEVICE_TAKEN, explain, find_home, first_line
 
 # FlashAttention-3 on the kernels hub, and the compute capabilities that it runs on: A100 and H100. On others it calls
 # exit(1), which nothing catches
@@ -54,49 +54,73 @@ class DeviceLock:
     The exclusive lock of a device. It is held until release() or until the process ends, whatever ends it.
 
     There is one for each device of a machine, not for each home: two trainings would halve each other's speed. So it
-    lies in the system's folder for temporary files (TMPDIR, where that is set), and every user may take it. Raises
-    DeviceTaken, naming the other process, if the device is taken.
+    lies in a folder of all users, which no TMPDIR moves, and once more in the home: a sandbox may hide the former.
+    Raises DeviceTaken, naming the other process, if the device is taken.
     """
 
     def __init__(self, device):
-        name = lock_name(device)
-        folder = lock_folder()
-        holder = folder / f"{name}.pid"
-        self.lock = FileLock(folder / f"{name}.lock", mode=0o666, thread_local=False)
         self.pid = os.getpid()
+        self.locks = []
         try:
-            # The folder is for all users, whatever the umask says
-            if not folder.exists():
-                folder.mkdir(exist_ok=True)
-                folder.chmod(0o777)
-            self.lock.acquire(timeout=1)  # a runner that waits for it takes it for a moment
+            self.take(find_home() / "locks", device)
+        except OSError as error:
+            raise SystemExit(f"cannot lock {device}: {explain(error)}") from None
+        try:
+            self.take(lock_folder(), device)
+        except OSError as error:
+            print(f"no lock in {lock_folder()} ({first_line(error)}): only runs of this home are kept from {device}")
+        except DeviceTaken:
+            self.release()
+            raise
 
-            # The system frees the lock when its process ends, but can't say whose it is: a file beside it has the
-            # pid. Another user's file can't be written to, but it can be replaced, since the folder is open to all
-            holder.unlink(missing_ok=True)
-            holder.write_text(str(self.pid))
+    def take(self, folder, device):
+        """Take the lock in one folder. Raises DeviceTaken or OSError."""
+        name = lock_name(device)
+        holder = folder / f"{name}.pid"
+        lock = FileLock(folder / f"{name}.lock", mode=0o666, thread_local=False)
+
+        # The folder is for all users, whatever the umask says
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o777)
+        try:
+            lock.acquire(timeout=1)  # a runner that waits for it takes it for a moment
         except Timeout:
             pid = holder.read_text() if holder.exists() else "unknown"
-            taken = DeviceTaken(device, pid, self.lock.lock_file)
+            taken = DeviceTaken(device, pid, lock.lock_file)
             print(taken, file=sys.stderr)
             raise taken from None
-        except OSError as error:
-            self.lock.release()
-            raise SystemExit(f"cannot lock {device}: {error}; fix it, or set TMPDIR to a local folder") from None
+        self.locks.append(lock)
+
+        # The system frees the lock when its process ends, but can't say whose it is: a file beside it has the pid.
+        # Another user's file can't be written to, but it can be replaced, since the folder is open to all
+        holder.unlink(missing_ok=True)
+        holder.write_text(str(self.pid))
 
     @property
     def held(self):
         """Whether this process holds it; a fork of it does not."""
-        return self.lock.is_locked and self.pid == os.getpid()
+        return bool(self.locks) and self.pid == os.getpid()
 
     def release(self):
         if self.held:
-            self.lock.release()
+            for lock in self.locks:
+                lock.release()
+            self.locks = []
 
 
 def lock_folder():
-    """Where the locks of devices are: one folder for all users of a machine, or for those with the same TMPDIR."""
-    return Path(tempfile.gettempdir(), "autoresearch-locks")
+    """
+    Where the locks of devices are: one folder for all users of a machine. AUTORESEARCH_LOCKS names another, for tests,
+    and for agents that share the cores of a machine.
+    """
+    named = os.environ.get("AUTORESEARCH_LOCKS")
+    if named:
+        return Path(named)
+    system = Path("/tmp")
+    if not system.is_dir():  # Windows
+        system = Path(tempfile.gettempdir())
+    return system / "autoresearch-locks"
 
 
 def lock_name(device):

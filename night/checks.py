@@ -152,7 +152,8 @@ def compiler_problems():
 
 def first_commit(tag, words):
     """
-    Make the branch and its first commit, empty, with these words: signing and hooks are tried for real.
+    Make the branch and its first commit, empty, with these words. Signing and hooks are tried for real, with an edit of
+    train.py, too, which is taken back.
 
     Raises SystemExit, with everything as it was before, if git refuses.
     """
@@ -164,6 +165,8 @@ def first_commit(tag, words):
     if worked:
         worked, _, complaint = git("commit", "-q", "--allow-empty", "-m", message)
     if worked:
+        worked, complaint = try_commit()
+    if worked:
         return
 
     # back, without `checkout`, whose hook may be the one that refuses
@@ -172,5 +175,20 @@ def first_commit(tag, words):
     else:
         git("update-ref", "--no-deref", "HEAD", commit)
     git("update-ref", "-d", f"refs/heads/{branch}")
-    fix = "signing: git config commit.gpgsign false; a hook: git config core.hooksPath /dev/null"
+    fix = (
+        "signing: git config commit.gpgsign false; a hook, or a rule for messages: git config core.hooksPath /dev/null"
+    )
     raise SystemExit(f"git refuses to commit ({complaint}); {fix}")
+
+
+def try_commit():
+    """Commit an edit of train.py, as the agent will, and take it back: (whether it worked, why not)."""
+    path = common.ROOT / "train.py"
+    content = path.read_bytes()
+    path.write_bytes(content + b"\n# a trial\n")
+    answer = git("commit", "-q", "-m", "a trial; expect +0.000", "--", "train.py")
+    if answer.worked:
+        answer = git("reset", "-q", "--soft", "HEAD^")
+    path.write_bytes(content)
+    git("reset", "-q", "--", "train.py")
+    return answer.worked, answer.complaint

@@ -51,7 +51,20 @@ def find_tag():
     if not nights:
         raise NoNight(f"no night on {place}; next: uv run ledger.py start <tag> --until <when>")
     *older, latest = nights.split()
+
+    # git checks a branch out once
+    folder = folder_of(latest)
+    if folder:
+        raise NoNight(f"no night on {place}: {latest} is checked out in {folder}, work there")
     raise NoNight(f"no night on {place}; next: git checkout -q {latest}{''.join(f', or {name}' for name in older)}")
+
+
+def folder_of(branch):
+    """The working folder in which a branch is checked out; "" if it is in none."""
+    for entry in git("worktree", "list", "--porcelain").output.split("\n\n"):
+        if f"branch refs/heads/{branch}" in entry.split("\n"):
+            return entry.split("\n")[0].removeprefix("worktree ")
+    return ""
 
 
 @contextlib.contextmanager
@@ -169,7 +182,7 @@ def look_at(folder, start):
     changed = git("status", "--porcelain", "--", "train.py", folder=folder).output != ""
 
     # a run has the harness of its commit, so that has to be the night's
-    names = git("diff", "--name-only", "--no-ext-diff", start, "HEAD", "--", "*.py", folder=folder).output
+    names = git("diff", "--name-only", start, "HEAD", "--", "*.py", folder=folder).output
     others = tuple(name for name in names.split("\n") if name not in ("", "train.py"))
     return Checkout(tuple(line.split()), changed, others)
 

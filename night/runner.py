@@ -92,7 +92,8 @@ def write_files(folder, commit):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     archive = folder.with_suffix(".tar")
-    call_git("archive", "--format=tar", f"--output={archive}", commit)
+    plain = ("-c", "core.autocrlf=false", "-c", "core.eol=lf")  # the very bytes of the commit
+    call_git(*plain, "archive", "--format=tar", f"--output={archive}", commit)
     with tarfile.open(archive) as files:
         files.extractall(folder, filter="data")
     archive.unlink()

@@ -52,7 +52,8 @@ def new(name):
         raise SystemExit(f"wave/{name} exists: edit it, or use another name")
     night, _, _, problems = ledger.load()
     call_git("worktree", "prune")  # git remembers one that was removed by hand
-    call_git("worktree", "add", "-q", "--detach", str(find_folder(name)), night.last_keep)
+    no_hooks = ("-c", "core.hooksPath=/dev/null")  # those of a checkout are for people
+    call_git(*no_hooks, "worktree", "add", "-q", "--detach", str(find_folder(name)), night.last_keep)
     ledger.print_problems(problems)
     print(f"wave/{name} is on the last keep, {short(night.last_keep)}")
     print(f"next: edit wave/{name}/train.py; {commit_line(name)}")

@@ -30,7 +30,8 @@ from huggingface_hub import constants
 ROOT = Path(__file__).parent.parent
 os.environ["AUTORESEARCH_HOME"] = tempfile.mkdtemp(prefix="autoresearch-test-")  # of this worker of pytest-xdist
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest's own folders stay
-os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ar-")  # where the locks of devices are
+os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ar-")
+os.environ["AUTORESEARCH_LOCKS"] = os.environ["TMPDIR"] + "/locks"
 tempfile.tempdir = None  # so that it is read
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that it starts: two workers share two cores
 torch.set_num_threads(1)

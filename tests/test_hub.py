@@ -32,6 +32,7 @@ def hub(tmp_path, environment, monkeypatch):
     (home / "local" / "benchmark.json").write_text('{"id": "local", "settings": {"time_budget": 3}}')
     monkeypatch.setenv("AUTORESEARCH_HOME", str(home))
     environment = environment | {"AUTORESEARCH_HOME": str(home), "CXX": "git"}  # some program: nothing is compiled
+    (tmp_path / "gitconfig").write_text((tmp_path / "gitconfig").read_text() + "[color]\ndiff = always\n")
     main = new_repository(tmp_path / "main", environment)
     ask_no_torch(main, CPU)
     subprocess.run(["git", "commit", "-qam", "torch is not asked"], cwd=main, env=environment, check=True)

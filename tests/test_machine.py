@@ -18,7 +18,7 @@ from conftest import CPU, ROOT, run, start, uniform
 
 import prepare
 from harness import machine
-from harness.common import DEVICE_TAKEN
+from harness.common import DEVICE_TAKEN, find_home
 
 NOBODY = """
 import os, pwd
@@ -109,29 +109,50 @@ def test_a_file_system_without_locks(own, book, monkeypatch):
         prepare.evaluate_bpb(uniform(), own, 8, clock)
     with pytest.raises(SystemExit, match="No locks available; fix it, or set AUTORESEARCH_HOME to another folder"):
         prepare.main(book)
-    with pytest.raises(SystemExit, match="cannot lock cpu: .*No locks available; .* set TMPDIR to a local folder"):
+    with pytest.raises(SystemExit, match="cannot lock cpu: .*No locks available; .* set AUTORESEARCH_HOME"):
         machine.DeviceLock(CPU)
 
 
-def test_locks_are_for_all_users_homes_and_processes(home, monkeypatch):
+TAKE = "import torch; from harness import machine; machine.DeviceLock(torch.device('mps')).release()"
+
+
+@pytest.mark.parametrize("elsewhere", ["AUTORESEARCH_HOME", "AUTORESEARCH_LOCKS"])
+def test_locks_are_for_all_users_homes_and_processes(elsewhere, tmp_path, monkeypatch):
+    """Clients give each session a TMPDIR of its own, and some sandboxes a /tmp: what is left keeps trainings apart."""
+    monkeypatch.setenv("AUTORESEARCH_LOCKS", str(tmp_path / "locks"))
     umask = os.umask(0o077)
     try:
         lock = machine.DeviceLock(torch.device("mps"))
     finally:
         os.umask(umask)
-    folder = Path(tempfile.gettempdir(), "autoresearch-locks")
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o777
-    assert stat.S_IMODE(Path(lock.lock.lock_file).stat().st_mode) == 0o666
-    monkeypatch.setattr(prepare, "HOME", home / "another")
-    code = "import torch; from harness import machine; machine.DeviceLock(torch.device('mps')).release()"
-    second = start("-c", code)
+    paths = [Path(held.lock_file) for held in lock.locks]
+    assert [path.parent for path in paths] == [find_home() / "locks", tmp_path / "locks"]
+    assert {stat.S_IMODE(path.parent.stat().st_mode) for path in paths} == {0o777}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o666}
+    environment = {"TMPDIR": str(tmp_path), "AUTORESEARCH_HOME": str(find_home())} | {elsewhere: str(tmp_path / "new")}
+    second = start("-c", TAKE, environment=environment)
     errors = second.communicate()[1]
-    message = (
-        f"another training is running on mps (pid {os.getpid()}): wait for it or end it; lock {lock.lock.lock_file}\n"
-    )
+    taken = paths[elsewhere == "AUTORESEARCH_HOME"]
+    message = f"another training is running on mps (pid {os.getpid()}): wait for it or end it; lock {taken}\n"
     assert (second.returncode, errors) == (DEVICE_TAKEN, message)
     lock.release()
-    assert start("-c", code).wait() == 0
+    assert start("-c", TAKE, environment=environment).wait() == 0
+
+
+def test_no_tmpdir_moves_the_locks(tmp_path, monkeypatch):
+    monkeypatch.delenv("AUTORESEARCH_LOCKS")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert machine.lock_folder() == Path("/tmp/autoresearch-locks")
+
+
+def test_where_others_cannot_be_seen_only_runs_of_this_home_are_kept_apart(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AUTORESEARCH_LOCKS", str(tmp_path / "file" / "locks"))
+    lock = machine.DeviceLock(torch.device("mps"))
+    said = capsys.readouterr().out
+    assert "Not a directory" in said and "only runs of this home are kept from mps" in said
+    assert lock.held
+    lock.release()
 
 
 @pytest.mark.parametrize(

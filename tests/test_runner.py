@@ -333,7 +333,7 @@ HOLDER = """
 import torch
 from harness.machine import DeviceLock
 lock = DeviceLock(torch.device("cpu"))
-input(lock.lock.lock_file + chr(10))
+input(lock.locks[0].lock_file + chr(10))
 """
 
 
