@@ -57,6 +57,8 @@ def load():
     problems = [edited] if edited else []
     if night.unreadable:
         problems.append(f"{night.unreadable} lines of {place / 'record.jsonl'} cannot be read, and do not count")
+    for name, reason in night.broken.items():
+        problems.append(f"wave/{name} cannot be read, {reason}: git worktree repair wave/{name}, or remove the folder")
     same = same_train(night)
     if same:
         problems.append(f"this train.py has run before, as {short(same.commit)}: {same.verdict or 'undecided'}")

@@ -33,11 +33,14 @@ from pathlib import Path
 
 PROCESS_START = time.monotonic()  # before the imports that take seconds, so that total_seconds counts them
 
+from harness.common import OneLineParser, end_quietly, explain, find_home, first_line, now, sha256, write_atomically
+
+sys.excepthook = end_quietly  # Ctrl-C may come in these seconds, too
+
 import numpy as np
 from filelock import FileLock
 
 from harness import journal
-from harness.common import OneLineParser, explain, find_home, first_line, now, sha256, write_atomically
 from harness.journal import map_rows, open_rows, rows_served
 
 HOME = find_home()

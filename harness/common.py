@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent  # of the repository
 COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # that torch calls, unless $CXX names another
-DEVICE_TAKEN = 75  # exit code of a training that found its device taken (EX_TEMPFAIL of sysexits.h)
+NOT_RECORDED, DEVICE_TAKEN = 74, 75  # exit codes of a training: no disk for its score (EX_IOERR), its device is taken
 GIT_SECONDS = 20  # for signing and hooks
 
 # What a user's configuration could change in the output of git, set to what we read
@@ -59,8 +59,16 @@ def run_command(main):
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        sys.exit(f"{sys.argv[0]}: {error}; mend that, and say it again: what is recorded stays")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def end_quietly(kind, error, traceback):
+    """For sys.excepthook: Ctrl-C leaves no traceback; Python then ends by the signal, which shells call 130."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def now():
@@ -90,7 +98,7 @@ def printable(text, length):
 def write_atomically(path, content):
     # a name of this process's own: two may write at once
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content)
+    temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -149,8 +157,8 @@ def git(*words, folder=None, seconds=None, text=""):
     options |= dict(cwd=folder or ROOT, env=os.environ | GIT_ENVIRONMENT)
     try:
         process = subprocess.Popen(["git", *settings, *words], **options)
-    except FileNotFoundError:
-        return GitAnswer(False, "", "git is not installed")
+    except FileNotFoundError as error:  # of git, or of the folder
+        return GitAnswer(False, "", f"git is not installed, or {error}")
     try:
         output, complaint = process.communicate(text.encode(), timeout=seconds)
     except subprocess.TimeoutExpired:

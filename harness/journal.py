@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from harness import common
-from harness.common import append_lines, explain, first_line, git, sha256
+from harness.common import NOT_RECORDED, append_lines, explain, first_line, git, sha256
 
 NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that a night takes for its own runs
 LATE_FLAG = 1.02  # times the budget: a run that trained for longer is flagged
@@ -96,21 +96,33 @@ def refuse_unwritable(folder):
     trial = folder / f"writable.{os.getpid()}.tmp"
     try:
         trial.write_text("yes")
+        trial.unlink()
     except OSError as error:
         raise SystemExit(f"cannot write to AUTORESEARCH_HOME: {explain(error)}") from None
-    finally:
-        trial.unlink(missing_ok=True)
+
+
+class NotRecorded(SystemExit):
+    """A scored run that could not be written down. Exits with NOT_RECORDED, so that its runner runs it again."""
+
+    def __init__(self, message):
+        super().__init__(NOT_RECORDED)
+        self.message = message
+
+    def __str__(self):
+        return self.message
 
 
 def record_run(folder, run, model):
     """
     Append a scored run to the journal of a benchmark's folder, and keep its weights as best.pt when no run before was
-    better. Runs of another harness are not compared with it. Raises SystemExit, with the score, if it can't write.
+    better. Runs of another harness are not compared with it. Raises NotRecorded, with the score, if it can't write.
     """
     try:
         append_run(folder, run, model)
     except OSError as error:
-        raise SystemExit(f"scored, val_bpb {run['val_bpb']:.6f}, but not recorded: {explain(error)}") from None
+        lost = NotRecorded(f"scored, val_bpb {run['val_bpb']:.6f}, but not recorded: {explain(error)}")
+        print(lost, file=sys.stderr)
+        raise lost from None
 
 
 def append_run(folder, run, model):

@@ -160,35 +160,44 @@ def first_commit(tag, words):
     before = git("symbolic-ref", "-q", "HEAD").output
     commit = git("rev-parse", "HEAD").output
     branch = f"autoresearch/{tag}"
-    message = f"{branch}: start\n\n{words}"
+    worked, complaint = False, "interrupted"
+    try:
+        worked, complaint = make_branch(branch, f"{branch}: start\n\n{words}")
+    finally:
+        if not worked:
+            take_back(branch, before, commit)
+    if not worked:
+        signing, hooks = "git config commit.gpgsign false", "git config core.hooksPath /dev/null"
+        raise SystemExit(f"git refuses to commit ({complaint}); signing: {signing}; a hook, or a rule of one: {hooks}")
+
+
+def make_branch(branch, message):
+    """Whether it worked, and why not."""
     worked, _, complaint = git("checkout", "-q", "-b", branch)
     if worked:
         worked, _, complaint = git("commit", "-q", "--allow-empty", "-m", message)
     if worked:
         worked, complaint = try_commit()
-    if worked:
-        return
+    return worked, complaint
 
-    # back, without `checkout`, whose hook may be the one that refuses
+
+def take_back(branch, before, commit):
+    """Without `checkout`, whose hook may be the one that refuses."""
     if before:
         git("symbolic-ref", "HEAD", before)
     else:
         git("update-ref", "--no-deref", "HEAD", commit)
     git("update-ref", "-d", f"refs/heads/{branch}")
-    fix = (
-        "signing: git config commit.gpgsign false; a hook, or a rule for messages: git config core.hooksPath /dev/null"
-    )
-    raise SystemExit(f"git refuses to commit ({complaint}); {fix}")
 
 
 def try_commit():
     """Commit an edit of train.py, as the agent will, and take it back: (whether it worked, why not)."""
     path = common.ROOT / "train.py"
-    content = path.read_bytes()
-    path.write_bytes(content + b"\n# a trial\n")
-    answer = git("commit", "-q", "-m", "a trial; expect +0.000", "--", "train.py")
-    if answer.worked:
-        answer = git("reset", "-q", "--soft", "HEAD^")
-    path.write_bytes(content)
-    git("reset", "-q", "--", "train.py")
+    content, commit = path.read_bytes(), git("rev-parse", "HEAD").output
+    try:
+        path.write_bytes(content + b"\n# a trial\n")
+        answer = git("commit", "-q", "-m", "a trial; expect +0.000", "--", "train.py")
+    finally:
+        path.write_bytes(content)
+        git("reset", "-q", commit)
     return answer.worked, answer.complaint

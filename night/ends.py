@@ -11,11 +11,12 @@ import signal
 from datetime import datetime
 from pathlib import Path
 
-from harness.common import git, now, printable, resolve
+from harness.common import NOT_RECORDED, git, now, printable, resolve
 from harness.journal import SLOW_FLAG
 from night import rules
 from night.record import append, read_jobs
 from night.runner import last_line, read_log
+from night.state import HIGHEST_SCORE
 
 SLOW_RUN = 0.5  # of the most steps that a counted run of the same commit has made
 
@@ -38,11 +39,15 @@ def settle(place, night, journal, running):
     # what is over: jobs of a wave, and the run here
     over = {path: job for path, job in read_jobs(place).items() if "exit" in job}
     if night.going_on and not running:
-        over[place / "run.json"] = night.going_on
+        if is_ours(night.going_on, place) or night.going_on["run"] in scored:
+            over[place / "run.json"] = night.going_on
+        else:
+            (place / "run.json").unlink()
         night.going_on = None
     for state in over.values():
-        if state["run"] not in night.runs and (is_ours(state, place) or state["run"] in scored):
+        if state["run"] not in night.runs:
             append(place, night, *end_lines(state, scored.get(state["run"]), night))
+    night.out = [job for job in night.out if job["run"] not in night.runs]
     for decision in rules.due_decisions(night):
         append(place, night, {"kind": "decision", "time": now(), **as_line(decision)})
     for path in over:
@@ -106,7 +111,10 @@ def scored_lines(state, scored, night):
     others = [run for run in night.attempt(state["commit"]).runs.values() if run.counts]
     most = max((run.steps for run in others), default=0)
 
-    # what does not compare
+    # what is no score, and what does not compare
+    if not 0 < scored["val_bpb"] < HIGHEST_SCORE:
+        reason = f"val_bpb {scored['val_bpb']:g} is out of range"
+        return [line | {"state": "crash", "val_bpb": None, "reason": reason}]
     if scored["device"] != (night.device or scored["device"]):
         reason = f"on {scored['device']}, the night is on {night.device}"
         return [line | {"state": "elsewhere", "reason": reason}]
@@ -149,6 +157,9 @@ def judge_end(state, night):
     elif code == -signal.SIGKILL and not ended:
         end = "killed: did memory run out?"
         most = rules.MOST_KILLED
+    elif code == NOT_RECORDED:
+        end = last_line(read_log(state["log"]))[:200]
+        most = rules.MOST_INTERRUPTED
     elif ended == "Ctrl-C":
         return {"state": "interrupted", "reason": "ended with Ctrl-C"}
     else:

@@ -15,8 +15,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from harness import common
-from harness.common import append_lines, git, now
-from night.state import Checkout, Night
+from harness.common import append_lines, call_git, git, now, printable
+from night.state import Checkout, Night, checked_until
 
 LOCK_SECONDS = 60  # for another process that records
 PREFIX = "autoresearch/"  # of the branches of nights
@@ -111,7 +111,8 @@ def parse_night(tag, text, find_start):
     first, *lines = parse_lines(text) or [None]
     if not is_start(first):
         first = find_start()
-    night = Night(tag, str(first["until"]), first["commit"], first["benchmark"], first["device"], time=now())
+    names = (printable(first[name], 200) for name in ("benchmark", "device"))
+    night = Night(tag, first["until"], first["commit"], *names, time=now())
 
     # what cannot be read counts for nothing, and is never taken for something else
     for line in lines:
@@ -145,7 +146,9 @@ def parse_lines(text):
 def is_start(line):
     if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in START_KEYS):
         return False
-    return HASH.fullmatch(line["commit"]) is not None
+    with contextlib.suppress(ValueError):
+        return HASH.fullmatch(line["commit"]) is not None and checked_until(line["until"]) != ""
+    return False
 
 
 def start_of(tag):
@@ -169,30 +172,33 @@ def look_around(night, place):
     here = look_at(common.ROOT, night.start)
     night.line, night.changed, night.other_files = here.line, here.changed, here.other_files
     for marker in sorted((common.ROOT / "wave").glob("*/.git")):
-        night.worktrees[marker.parent.name] = look_at(marker.parent, night.start)
-    night.out = [job for job in read_jobs(place).values() if "exit" not in job]
+        try:
+            checkout = look_at(marker.parent, night.start)
+        except SystemExit as error:
+            night.broken[marker.parent.name] = str(error)
+            continue
+        if night.start in checkout.line:  # otherwise it is another night's
+            night.worktrees[marker.parent.name] = checkout
+    night.out = [job for job in read_jobs(place).values() if job["run"] not in night.runs]
     night.going_on = read_run(place)
     night.on_cluster = bool(os.environ.get("RAY_API_SERVER_ADDRESS"))
 
 
 def look_at(folder, start):
-    """The Checkout of a folder, in the night that has begun with the commit `start`."""
+    """The Checkout of a folder, in the night that has begun with the commit `start`. Raises SystemExit if git fails."""
     # by first parents: a merge brings no commit of its own into the night
-    line = git("rev-list", "--reverse", "--first-parent", "HEAD", f"^{start}^@", folder=folder).output
-    changed = git("status", "--porcelain", "--", "train.py", folder=folder).output != ""
+    line = call_git("rev-list", "--reverse", "--first-parent", "HEAD", f"^{start}^@", folder=folder)
+    changed = call_git("status", "--porcelain", "--", "train.py", folder=folder) != ""
 
     # a run has the harness of its commit, so that has to be the night's
-    names = git("diff", "--name-only", start, "HEAD", "--", "*.py", folder=folder).output
+    names = call_git("diff", "--name-only", start, "HEAD", "--", "*.py", folder=folder)
     others = tuple(name for name in names.split("\n") if name not in ("", "train.py"))
     return Checkout(tuple(line.split()), changed, others)
 
 
 def read_run(place):
     """run.json, a dict; None if no run is going on or to be settled."""
-    try:
-        return json.loads((place / "run.json").read_text())
-    except (OSError, ValueError):
-        return None
+    return read_state(place / "run.json")
 
 
 def read_jobs(place):
@@ -200,8 +206,14 @@ def read_jobs(place):
     The jobs of a night that are not recorded yet: {path: dict}. Each has what run.json has of a run; once the job has
     ended its `exit`, too.
     """
-    jobs = {}
-    for path in sorted((place / "jobs").glob("*.json")):
-        with contextlib.suppress(FileNotFoundError):  # recorded just now
-            jobs[path] = json.loads(path.read_text())
-    return jobs
+    jobs = {path: read_state(path) for path in sorted((place / "jobs").glob("*.json"))}
+    return {path: job for path, job in jobs.items() if job}
+
+
+def read_state(path):
+    """What is known of a run; None where there is no such file, or it was torn."""
+    with contextlib.suppress(OSError, ValueError):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(state, dict) and state.keys() >= {"run", "commit", "seed", "role"}:
+            return state
+    return None

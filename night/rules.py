@@ -118,28 +118,37 @@ def due_decisions(night):
     for attempt in undecided:
         if attempt.commit == night.start:
             continue
-
-        # what is neither below HEAD nor in a wave is given up
-        if attempt.commit not in candidates and not attempt.verdict:
-            found.append(Decision(attempt.commit, "discard", reason="left"))
-            continue
         decision = judge(attempt, night)
+        if attempt.commit not in candidates and not attempt.verdict:
+            decision = judge_gone(attempt, decision, night)
         if decision:
             found.append(decision)
     return choose_of_wave(found, night)
 
 
+def judge_gone(attempt, decision, night):
+    """
+    Of a commit that is neither below HEAD nor in a wave: what its runs add up to, else it is given up. None while a
+    worktree cannot be read, for it may be there.
+    """
+    if night.broken:
+        return None
+    run = next(iter(attempt.runs.values()))
+    if decision and (decision.decision == "discard" or run.parent == night.last_keep):
+        return decision
+    return Decision(attempt.commit, "discard", reason="left")
+
+
 def choose_of_wave(decisions, night):
     """Of all that could be kept of a wave the best, when nothing else of it is out or needed: [Decision]."""
-    wave = commits_of_wave(night)
-    winners = [decision for decision in decisions if decision.decision == "keep" and decision.commit in wave]
-    if not winners:
+    winners = [decision for decision in decisions if decision.decision == "keep"]
+    if not winners or not (night.worktrees or night.out):
         return decisions
     others = [decision for decision in decisions if decision not in winners]
 
     # what else may still be kept
     decided = {decision.commit for decision in decisions} | set(night.kept)
-    waiting = [training.commit for training in needed_in_wave(night)] + [job["commit"] for job in night.out]
+    waiting = [training.commit for training in needed_in_wave(night, night)] + [job["commit"] for job in night.out]
     if any(commit not in decided and night.attempt(commit).verdict != "discard" for commit in waiting):
         return others
     best = max(winners, key=lambda decision: decision.gain)
@@ -246,7 +255,7 @@ def needed_in_wave(night, *others):
     """
     found = []
     for checkout in (*night.worktrees.values(), *others):
-        view = replace(night, line=checkout.line, other_files=checkout.other_files)
+        view = view_of(night, checkout)
         if not is_candidate(view):
             continue
         for commit in commits_above(view):
@@ -269,9 +278,19 @@ def needed_on_cluster(night):
 
 
 def commits_of_wave(night):
-    """The commits that a wave may still decide: those in its worktrees, and those whose jobs are out."""
-    lines = [checkout.line for checkout in night.worktrees.values()]
-    return {job["commit"] for job in night.out}.union(*lines)
+    """The commits that a wave may still decide: those on the last keep in its worktrees, and those that are out."""
+    found = {job["commit"] for job in night.out}
+    for checkout in night.worktrees.values():
+        for commit in commits_above(view_of(night, checkout)):
+            if night.attempt(commit).verdict == "discard":
+                break  # what is above contains it
+            found.add(commit)
+    return found
+
+
+def view_of(night, checkout):
+    """The night as it is from another checkout."""
+    return replace(night, line=checkout.line, changed=checkout.changed, other_files=checkout.other_files)
 
 
 def runs_since_end(night):

@@ -4,6 +4,10 @@ import functools
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 
+from harness.common import printable
+
+HIGHEST_SCORE = 1e3  # of val_bpb
+LONGEST_UNTIL = 40  # characters
 ROLES = ("baseline", "idea", "again", "final")
 STATES = ("scored", "crash", "disturbed", "elsewhere", "interrupted")
 DECISIONS = ("keep", "discard", "simpler")  # the last one: kept if its second run is not worse
@@ -124,7 +128,8 @@ class Night:
     changed: bool = False
     other_files: tuple = ()
     worktrees: dict = field(default_factory=dict)  # of a wave: name -> Checkout
-    out: list = field(default_factory=list)  # jobs on a cluster that have not ended, as in jobs/*.json
+    broken: dict = field(default_factory=dict)  # worktrees that git cannot read: name -> why
+    out: list = field(default_factory=list)  # jobs on a cluster that are not recorded, as in jobs/*.json
     on_cluster: bool = False  # whether the human has named a cluster that trains
     going_on: dict | None = None  # run.json of the run that is going on, or is over and not recorded yet
     time: str = ""  # now
@@ -181,20 +186,31 @@ class Night:
 
 def checked_until(until):
     """The end of a night: `never`, a number of rows or a time in ISO form. Raises an error where it is none."""
+    if len(until) > LONGEST_UNTIL:
+        raise ValueError(until[:LONGEST_UNTIL])
     if until != "never" and not until.isdecimal():
         datetime.fromisoformat(until)
     return until
 
 
 def values_of(kind, line):
-    """The values of a line that a Run or a Decision has. Raises TypeError where one is of another type."""
+    """
+    The values of a line that a Run or a Decision has, its texts on one line each. Raises TypeError where one is of
+    another type, ValueError where a number is out of all range.
+    """
     # kinds of later versions may have more
     values = {}
     for name, wanted in types_of(kind):
-        if name in line:
-            values[name] = line[name]
-            if not isinstance(line[name], wanted):
-                raise TypeError(name)
+        if name not in line:
+            continue
+        value = line[name]
+        if not isinstance(value, wanted):
+            raise TypeError(name)
+        if isinstance(value, (int, float)) and not abs(value) < 1e15:
+            raise ValueError(name)
+        if isinstance(value, str) and not value.isprintable():
+            value = printable(value, len(value))
+        values[name] = value
     return values
 
 
@@ -211,7 +227,7 @@ def as_run(line):
         raise ValueError("no commit, or no such role or state")
 
     # their scores are printed and compared
-    if run.state in ("scored", "disturbed", "elsewhere") and not 0 < run.val_bpb < 1e3:
+    if run.state in ("scored", "disturbed", "elsewhere") and not 0 < run.val_bpb < HIGHEST_SCORE:
         raise ValueError("no score")
     return run
 

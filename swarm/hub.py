@@ -100,11 +100,12 @@ def print_frontier(night):
     for mean, train in best:
         _, agent, run = min(pools[train].keeps, key=lambda keep: keep[:2])
         words = f"{mean:.6f}, runs {len(pools[train].scores)}, {short(run.commit)}, {agent}: {run.description}"
-        if bar(night) - mean > noise_floor(night) and train not in tried:
+        is_there = resolve(f"{run.commit}:train.py") == train  # others may write what they like
+        if bar(night) - mean > noise_floor(night) and train not in tried and is_there:
             words = f"{words:.120}; ahead of your last keep by {bar(night) - mean:.6f}"
             ahead.append(run.commit)
         print(f"  {printable(words, 200)}")
-    unreadable = sum(other.unreadable for other in others.values())
+    unreadable = sum(other.unreadable for agent, other in others.items() if agent != night.tag)
     if unreadable:
         print(f"{unreadable} lines in the records of others cannot be read, and do not count")
     if ahead and is_open(night):
@@ -139,11 +140,12 @@ def look(word):
 
 def texts_of(night):
     """Each run and message of a night, with a text for it."""
+    kept = set(night.kept)
     for run in night.runs.values():
         attempt = night.attempt(run.commit)
         status = run.state
         if run.counts:
-            status = "keep" if run.commit in night.kept else attempt.verdict or "undecided"
+            status = "keep" if run.commit in kept else attempt.verdict or "undecided"
         score = "" if run.val_bpb is None else f"{run.val_bpb:.6f} "
         place = f"{short(run.commit)} on {short(run.parent)}, {run.device or 'unknown device'}"
         yield run, f"{score}{status}, {place}: {run.description}, seed {run.seed}"

@@ -49,20 +49,26 @@ def run(state, arguments):
         python = make_environment(home)
         make_benchmark(home, python, state["benchmark"], arguments)
     with open(place / "run.lock", "a") as lock:
-        # a training whose job was lost may still go on here: its score is taken
+        # a training whose job was lost may still go on here, or have ended: it is not made twice
         fcntl.flock(lock, fcntl.LOCK_EX)
         earlier = read_run(place)
-        scored = earlier and find_score(home, earlier)
-        if not scored:
+        if not earlier or not is_this(home, earlier, state):
             train(state | {"log": str(place / "run.log"), "python": python}, place, lock)
-            scored = find_score(home, state)
         end = read_run(place)
+        scored = find_score(home, end)
 
         # the log first: whoever reads the job takes its last line
         print(read_log(end["log"]))
         scored = scored and scored | {"run": state["run"]}
         print(RESULT + json.dumps({"exit": end.get("exit"), "ended": end.get("ended"), "scored": scored}), flush=True)
-        (place / "run.json").unlink()
+        write_atomically(place / "run.json", json.dumps(end | {"told": True}))
+
+
+def is_this(home, earlier, state):
+    """Whether an earlier training here was this one, and has ended; or one whose score nobody was told."""
+    if earlier["run"] == state["run"]:
+        return "exit" in earlier or find_score(home, earlier) is not None
+    return "told" not in earlier and find_score(home, earlier) is not None
 
 
 def train(state, place, lock):

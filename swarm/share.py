@@ -10,12 +10,13 @@ import re
 
 import ledger
 from harness.common import call_git, git, resolve, write_atomically
-from night.checks import find_problems
 from night.record import PREFIX, find_place, find_tag, parse_night, recording
 from night.rules import short
 
 NETWORK_SECONDS = 300  # for a fetch or a push
 NAME = "[A-Za-z0-9_-]{1,100}"
+TOPS = ("refs", "refs/heads")  # of results and tries on a hub: some take nothing but heads
+PLACES = ("refs/hub", "refs/remotes/hub")  # where these are fetched to
 FETCHED = (
     "+refs/heads/*:refs/remotes/hub/*",
     "+refs/tries/*:refs/hub/tries/*",
@@ -30,12 +31,23 @@ UNKNOWN = {"until": "never", "commit": "0" * 40, "benchmark": "", "device": ""} 
 def read_agents():
     """The nights of all agents, as they were fetched: {"<tag>/<agent>": Night}. A line counts for the ref it is in."""
     nights = {}
-    for ref in git("for-each-ref", "--format=%(refname)", "refs/hub/results").output.split():
-        agent = ref.removeprefix("refs/hub/results/")
+    for ref in list_refs("%(refname)", "results"):
+        agent = ref.split("/results/", 1)[1]
         if re.fullmatch(f"{NAME}/{NAME}", agent):
             content = git("cat-file", "blob", f"{ref}:record.jsonl", seconds=NETWORK_SECONDS).output
             nights[agent] = parse_night(agent, content, lambda: UNKNOWN)
     return nights
+
+
+def list_refs(form, name):
+    """What was fetched of a name, such as results or tries/<tag>: [text], in a form of for-each-ref."""
+    return git("for-each-ref", f"--format={form}", *(f"{place}/{name}" for place in PLACES)).output.split()
+
+
+def find_record(tag):
+    """The ref with the record of an agent as the hub has it; "" if it has none."""
+    refs = [f"{place}/results/{tag}" for place in PLACES]
+    return next((ref for ref in refs if resolve(ref)), "")
 
 
 def write_own(tag):
@@ -66,25 +78,29 @@ def receive():
     return ""
 
 
-def send(night):
-    """Receive, then push this agent's record, branch and new tries. Returns why that did not work, "" if it did."""
+def send(night, top=None):
+    """
+    Receive, then push this agent's record, branch and new tries, below `top`, by default what `join` has found. Returns
+    why that did not work, "" if it did.
+    """
+    top = top or git("config", "autoresearch.hubRefs").output or TOPS[0]
     tag, branch = night.tag, f"refs/heads/{PREFIX}{night.tag}"
     own = write_own(tag)
     reason = receive()
-    if reason:
-        return reason
-    theirs = resolve(f"refs/hub/results/{tag}")
+    theirs = find_record(tag)
     if theirs and not git("merge-base", "--is-ancestor", theirs, own).worked:
         raise SystemExit(f"another clone has sent results as {tag}: join from here under another name")
 
     # what of its tries is here, and not there
     here = set(git("for-each-ref", "--format=%(objectname)", "refs/tries").output.split())
-    there = set(git("for-each-ref", "--format=%(objectname)", f"refs/hub/tries/{tag}").output.split())
-    tries = [f"{commit}:refs/tries/{tag}/{short(commit)}" for commit in night.tries if commit in here - there]
-    answer = git("push", "-q", "hub", f"{own}:{own}", f"+{branch}:{branch}", *tries, seconds=NETWORK_SECONDS)
+    there = set(list_refs("%(objectname)", f"tries/{tag}"))
+    tries = [f"{commit}:{top}/tries/{tag}/{short(commit)}" for commit in night.tries if commit in here - there]
+    # the branch ends with the last keep there: HEAD may be taken back, which not every hub allows
+    refs = (f"{own}:{top}/results/{tag}", f"{night.last_keep}:{branch}", *tries)
+    answer = git("push", "-q", "--atomic", "hub", *refs, seconds=NETWORK_SECONDS)
     if not answer.worked:
-        return answer.complaint
-    return ""
+        return reason or answer.complaint
+    return reason
 
 
 # --------------------------------------
@@ -93,33 +109,65 @@ def send(night):
 
 def join(url, tag, until):
     """Begin, bring back or go on with the night `tag`, <tag>/<agent>, that is shared on the hub at `url`."""
+    known = git("config", "remote.hub.url").output
+    if known and known != url:
+        raise SystemExit(f"the hub of this clone is {known}: join another from a clone of its own")
+    if known:
+        enter(tag, until, is_known=True)
+        return
+    git("remote", "add", "hub", url)
+    try:
+        enter(tag, until, is_known=False)
+    except BaseException:
+        git("remote", "remove", "hub")  # a url with a typo does not stay
+        raise
+
+
+def enter(tag, until, is_known):
     branch = f"{PREFIX}{tag}"
     is_here = resolve(f"refs/heads/{branch}") != ""
-    if not is_here:
-        problems, _ = find_problems(tag)
-        if problems:
-            raise SystemExit("\n".join(f"- {problem}" for problem in problems))
-    reason = connect(url)
+    reason = receive()
+    if reason and not (is_here and is_known):
+        raise SystemExit(f"the hub was not reached: {reason}")
 
     # three cases: the night is here already, it is only on the hub, or it is new
     if is_here:
+        restore_record(tag)
         check_out(branch, branch)
         print(f"{branch} is here already; the hub was {'not reached: ' + reason if reason else 'fetched'}")
-    elif reason:
-        raise SystemExit(f"the hub was not reached: {reason}")
-    elif resolve(f"refs/hub/results/{tag}"):
+    elif find_record(tag):
+        refuse_other_files(branch)
+        restore_record(tag)  # before the branch: whoever kills this, says it again
         check_out(branch, "-b", branch, f"refs/remotes/hub/{branch}")
-        call_git("fetch", "-q", ".", f"+refs/hub/tries/{tag}/*:refs/tries/*")
         print(f"{branch} is back from the hub")
     elif until is None:
         raise SystemExit(f"{tag} is new on this hub: say when it ends, with --until <when>")
     else:
         ledger.start(tag, until)
-        return
-    restore_record(tag)
     night, _, _, _ = ledger.load()
+    if not reason:
+        try_to_send(night)
     print(f"it lasts until {ledger.end_in_words(night)}; runs: {len(night.runs)}")
     ledger.print_next(night)
+
+
+def try_to_send(night):
+    """Do what `exchange` will do: it tells which refs the hub takes, and what has to be allowed if it takes none."""
+    reasons = []
+    for top in TOPS:
+        reason = send(night, top)
+        if not reason:
+            call_git("config", "autoresearch.hubRefs", top)
+            return
+        reasons.append(reason)
+    if git("rev-parse", "--is-shallow-repository").output == "true":
+        way_out = "this clone is shallow: git fetch --unshallow, and join again"
+    else:
+        heads = f"refs/heads/{PREFIX}*"
+        way_out = (
+            f"its owner has to allow pushes to {heads}, and to refs/results/* and refs/tries/*, or all refs/heads/*"
+        )
+    print(f"the hub does not take what exchange sends: {reasons[0]}; {way_out}")
 
 
 def check_out(branch, *words):
@@ -129,31 +177,31 @@ def check_out(branch, *words):
         raise SystemExit(f"git refuses to check out {branch}: {answer.complaint}")
 
 
-def connect(url):
-    """Make the remote and fetch it. Returns why it was not reached, "" if it was."""
-    known = git("remote", "get-url", "hub").output
-    if known and known != url:
-        raise SystemExit(f"the hub of this clone is {known}: join another from a clone of its own")
-    if known:
-        return receive()
-
-    # a url with a typo does not stay
-    git("remote", "add", "hub", url)
-    reason = receive()
-    if reason:
-        git("remote", "remove", "hub")
-    return reason
+def refuse_other_files(branch):
+    """Raise SystemExit where the branch of a hub, which anybody may have made, has more than another train.py."""
+    theirs = f"refs/remotes/hub/{branch}"
+    if not resolve(theirs):
+        raise SystemExit(f"the hub has results of {branch}, but not the branch: take another name")
+    names = call_git("diff", "--name-only", "HEAD", theirs).split("\n")
+    others = [name for name in names if name not in ("", "train.py")]
+    if others:
+        raise SystemExit(
+            f"{branch} on the hub differs from this clone in {others[0]}, and not in train.py alone; if it is yours: "
+            f"git checkout -q -b {branch} {theirs}, and join again"
+        )
 
 
 def restore_record(tag):
-    """The record as the hub has it, if there is none here."""
-    theirs = f"refs/hub/results/{tag}"
+    """The record, if there is none here, and the tries: as they were last to be sent, or as the hub has them."""
+    theirs, own = find_record(tag), f"refs/results/{tag}"
     path = find_place(tag) / "record.jsonl"
-    if path.exists() or not resolve(theirs):
+    if path.exists() or not (theirs or resolve(own)):
         return
+    if theirs and not git("merge-base", "--is-ancestor", theirs, own).worked:
+        call_git("update-ref", own, theirs)
+    call_git("fetch", "-q", ".", *(f"+{place}/tries/{tag}/*:refs/tries/*" for place in PLACES))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, call_git("cat-file", "blob", f"{theirs}:record.jsonl", seconds=NETWORK_SECONDS) + "\n")
-    call_git("update-ref", f"refs/results/{tag}", theirs)
+    write_atomically(path, call_git("cat-file", "blob", f"{own}:record.jsonl", seconds=NETWORK_SECONDS) + "\n")
 
 
 def own_tag():

@@ -14,6 +14,7 @@ Sections: Worktrees, Run, Jobs, Command line.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -30,9 +31,9 @@ from harness.common import OneLineParser, call_git, find_home, first_line, git, 
 from harness.journal import add_run
 from night import runner
 from night.record import read_jobs, recording
-from night.rules import needed_on_cluster, short
+from night.rules import commits_of_wave, is_candidate, needed_on_cluster, short, view_of
 from night.steps import WAVE_RUN, next_step
-from swarm.cluster import asking, choose_slot, connect, list_jobs, living_nodes
+from swarm.cluster import asking, choose_slot, connect, has_begun, list_jobs, living_nodes
 from swarm.job import RESULT
 
 COMMAND = WAVE_RUN.removesuffix(" run")
@@ -78,17 +79,24 @@ def clean():
     """Remove the worktrees that have no changes, and no commit that is still to be decided."""
     night, _, _, _ = ledger.load()
     for name, checkout in night.worktrees.items():
-        head = call_git("rev-parse", "HEAD", folder=find_folder(name))
-        has_begun = night.attempt(head).runs or head in [job["commit"] for job in night.out]
-        if has_begun and night.attempt(head).verdict not in ("keep", "discard") and head != night.start:
-            print(f"wave/{name} stays: {short(head)} is not decided yet")
+        begun = [commit for commit in checkout.line if commit in commits_of_wave(night) and is_begun(commit, night)]
+        if begun:
+            print(f"wave/{name} stays: {short(begun[0])} is not decided yet")
             continue
 
         # no branch has its commit, and it may never have run
+        head = checkout.line[-1]
         call_git("update-ref", f"refs/tries/{short(head)}", head)
         if checkout.changed or not git("worktree", "remove", str(find_folder(name))).worked:
             print(f"wave/{name} stays: it has changes")
     ledger.print_next(night)
+
+
+def is_begun(commit, night):
+    """Whether a commit has runs, or jobs that are out, and no decision."""
+    attempt = night.attempt(commit)
+    is_out = commit in [job["commit"] for job in night.out]
+    return (bool(attempt.runs) or is_out) and attempt.verdict not in ("keep", "discard")
 
 
 # --------------------------------------
@@ -120,11 +128,21 @@ def run(wait, slot):
         if run.run not in before and run.state == "crash":
             print(f"log: {log_path(place, run.run)}")
     print_out(client, night)
-    for name, checkout in night.worktrees.items():
-        if checkout.changed:
-            problems.append(f"wave/{name}/train.py has changes: commit them, {commit_line(name)}")
-    ledger.print_problems(problems)
+    ledger.print_problems(problems + problems_of_worktrees(night))
     ledger.print_next(night)
+
+
+def problems_of_worktrees(night):
+    """What keeps an idea from being sent: [sentence]."""
+    found = []
+    for name, checkout in night.worktrees.items():
+        head = checkout.line[-1]
+        if checkout.changed:
+            found.append(f"wave/{name}/train.py has changes: commit them, {commit_line(name)}")
+        is_open = not night.attempt(head).verdict and head not in night.kept
+        if is_open and not is_candidate(view_of(night, checkout)):
+            found.append(f"wave/{name} does not stand on the last keep: its idea is not run, make it in a new worktree")
+    return found
 
 
 def print_out(client, night):
@@ -198,11 +216,15 @@ def collect(client, place):
         job = jobs.get(state["job"])
         if "exit" in state or job is None or not job.status.is_terminal():
             continue
-        end = read_end(client, job, Path(state["log"]))
+        if not has_begun(job):
+            path.unlink(missing_ok=True)  # so it is sent anew
+            continue
+        log = log_path(place, state["run"])
+        end = read_end(client, job, log)
         if end.get("scored"):
             add_run(find_home() / state["benchmark"], end["scored"])
         if end:
-            write_atomically(path, json.dumps(state | end))
+            write_atomically(path, json.dumps(state | end | {"log": str(log)}))
 
 
 def read_end(client, job, path):
@@ -223,7 +245,9 @@ def read_end(client, job, path):
     log, marker, result = log.rpartition(f"\n{RESULT}")
     path.write_text(log or result)
     if marker:
-        return json.loads(result)
+        with contextlib.suppress(ValueError):
+            return json.JSONDecoder().raw_decode(result)[0]
+        return {"exit": None, "lost": "its last line, the result, was torn"}
     if job.driver_exit_code < 0:  # Ray, or somebody else, has ended it
         return lost
     return {"exit": None, "lost": f"its node was not ready: {first_line(runner.last_line(result) or 'no output')}"}

@@ -107,10 +107,17 @@ def test_a_training_that_is_stopped_while_it_compiles(own, tmp_path, kind):
     process = start("train.py", environment=environment, start_new_session=True)
     wait_for(lambda: list((tmp_path / "cache").rglob("*.cpp")))
     process.send_signal(kind)
-    process.communicate(timeout=100)
+    errors = process.communicate(timeout=100)[1]
     wait_for(lambda: not processes(process))
-    assert process.returncode in (-kind, 1, 130) and snapshot(own.path) == before
+    assert process.returncode == -kind and "Traceback" not in errors and snapshot(own.path) == before
     score(own, uniform())
+
+
+def test_ctrl_c_leaves_no_traceback_but_errors_do():
+    kill = "import os, prepare; os.kill(os.getpid(), 2); input()"
+    for code, end in ((kill, (-signal.SIGINT, False)), ("import prepare; 1 / 0", (1, True))):
+        process = start("-c", code, stdin=subprocess.PIPE)
+        assert (process.wait(), "Traceback" in process.stderr.read()) == end
 
 
 # --------------------------------------

@@ -50,8 +50,8 @@ class Bare(Agent):
 class Member(Agent):
     """An agent with a clone of the hub, whose runs are lines that it writes into its record."""
 
-    def __init__(self, hub, name, device=CPU):
-        super().__init__(hub.folder.parent / name, hub.environment, {})
+    def __init__(self, hub, name, device=CPU, folder=None):
+        super().__init__(hub.folder.parent / (folder or name), hub.environment, {})
         hub.git("clone", "-q", ".", str(self.folder))
         self.name, self.device = f"test/{name}", device
         self.record = self.folder / ".git" / "autoresearch" / "test" / name / "record.jsonl"
@@ -77,6 +77,10 @@ class Member(Agent):
         process = self.run("ledger.py", *words)
         assert process.returncode == 0, process.stderr
         return process.stdout
+
+    def ledger_or_none(self):
+        """A look by somebody else, wherever this clone has come to."""
+        return self.run("ledger.py")
 
     def write(self, *lines):
         with open(self.record, "a") as record:
@@ -220,6 +224,78 @@ def test_a_night_comes_back_from_nothing(hub):
     assert [line["description"] for line in published(hub, "test/ada")] == ideas
 
 
+def test_join_that_was_killed_is_said_again(hub, tmp_path):
+    """Between any two of its steps: the record comes before the branch."""
+    ada = join(hub, "ada")
+    ada.add("keep", "baseline", 1.0)
+    ada.hub("exchange")
+    record = ada.record.read_text()
+    for number, step in enumerate(("restore_record", "check_out", "ledger.load", "try_to_send")):
+        again = Member(hub, "ada", folder=f"again-{number}")
+        code = f"import swarm.share as share, os, sys; share.{step} = lambda *words: os._exit(9)\n"
+        code += f"share.join({str(hub.folder)!r}, 'test/ada', None)"
+        assert again.run("-c", code).returncode == 9
+        again.ledger_or_none()
+        assert "lasts until never; runs: 1" in again.hub(*again.joining)
+        assert again.record.read_text() == record
+        again.hub("exchange")
+
+
+def test_what_was_not_sent_yet_comes_back_too(hub):
+    """The record was lost while the hub was away: the own ref has what the last exchange was to send."""
+    ada = join(hub, "ada")
+    ada.add("keep", "baseline", 1.0)
+    ada.hub("exchange")
+    hub.folder.rename(hub.folder.with_name("away"))
+    ada.idea("deeper", "keep", 0.9)
+    ada.hub("exchange")
+    record = ada.record.read_text()
+    ada.record.unlink()
+    hub.folder.with_name("away").rename(hub.folder)
+    ada.hub(*ada.joining)
+    assert ada.record.read_text() == record
+
+
+def test_a_name_that_somebody_took_brings_no_code(hub):
+    ada = join(hub, "ada")
+    ada.add("keep", "baseline", 1.0)
+    ada.edit((r"\Z", "# not yours\n"), file="prepare.py")
+    ada.git("commit", "-qam", "a harness of another's")
+    ada.record.write_text(ada.record.read_text().replace(ada.git("rev-parse", "HEAD^"), ada.git("rev-parse", "HEAD")))
+    ada.hub("exchange")
+    new = Member(hub, "ada", folder="new")
+    assert "differs from this clone in prepare.py, and not in train.py alone" in new.hub(*new.joining, code=1)
+    assert new.git("branch", "--show-current") == "main"
+
+
+def test_one_bad_ref_on_the_hub_stops_nobody_from_sending(hub):
+    ada = join(hub, "ada")
+
+    # its path just fits there, and not in a clone
+    room = 4095 - len(f"{hub.folder}/refs/heads/.lock")
+    parts = ["x" * 200] * (room // 201)
+    rest = "x" * (room - 201 * len(parts) - 2)
+    hub.git("update-ref", f"refs/heads/{'/'.join(filter(None, [*parts, rest]))}", "main")
+    ada.add("keep", "baseline", 1.0)
+    assert NOT_REACHED in ada.hub("exchange")
+    assert len(published(hub, "test/ada")) == 1
+
+
+def test_a_hub_that_takes_no_branch_back(hub):
+    """As `git init --bare --shared` makes them: an exchange on an idea, and one after the reset."""
+    hub.git("config", "receive.denyNonFastForwards", "true")
+    ada = join(hub, "ada")
+    ada.add("keep", "baseline", 1.0)
+    ada.edit((r"\Z", "# an idea\n"))
+    ada.git("commit", "-qam", "an idea")
+    ada.add("discard", "an idea", 1.1)
+    ada.hub("exchange")
+    ada.git("reset", "-q", "--keep", ada.kept)
+    ada.idea("deeper", "keep", 0.9)
+    assert NOT_REACHED not in ada.hub("exchange")
+    assert hub.git("rev-parse", "--short=7", "autoresearch/test/ada").strip() == ada.kept
+
+
 def test_two_clones_with_one_name(hub):
     """The second one finds the night of the first; when both go on, nobody's results are overwritten."""
     first = join(hub, "ada")
@@ -276,6 +352,31 @@ def test_a_hub_that_takes_nothing_is_named(hub):
     ada = join(hub, "ada")
     add_hook(hub.folder, "pre-receive", "exit 1")
     assert re.match(rf"{NOT_REACHED}! .*pre-receive hook declined", ada.hub("say", "hello?"))
+
+
+def test_what_is_proposed_can_be_adopted(hub):
+    """Not what nobody has, nor what is another train.py than it says."""
+    ada, eve = join(hub, "ada"), join(hub, "eve")
+    for agent in (ada, eve):
+        agent.add("keep", "baseline", 1.0, 1.001, 0.999)
+    good = eve.idea("deeper", "keep", 0.9)
+    commit, train = eve.git("rev-parse", good, "main:program.md").split()
+    lie = {
+        "kind": "run",
+        "time": now(),
+        "role": "idea",
+        "seed": 1,
+        "state": "scored",
+        "benchmark": "local",
+        "device": CPU,
+    }
+    for number, (name, blob) in enumerate((("e" * 40, "d" * 40), (commit, train))):
+        eve.write(
+            lie | {"run": f"lie-{number}", "commit": name, "train": blob, "val_bpb": 0.1, "description": "the best"}
+        )
+        eve.write({"kind": "decision", "commit": name, "decision": "keep", "by": "hand"})
+    eve.hub("exchange")
+    assert f"next: uv run swarm/hub.py adopt {good}" in ada.hub("exchange")
 
 
 @pytest.fixture
@@ -349,10 +450,64 @@ def test_adopt_refuses(two):
     bob.hub("adopt", good)
 
 
+HEADS_ONLY = 'while read old new ref; do case $ref in refs/heads/*) ;; *) echo "no $ref" >&2; exit 1 ;; esac; done'
+
+
+def test_a_hub_that_takes_heads_only(hub):
+    """As those of GitLab and Gerrit may be set up."""
+    add_hook(hub.folder, "pre-receive", HEADS_ONLY)
+    ada, bob = join(hub, "ada"), join(hub, "bob")
+    ada.add("keep", "baseline", 1.0)
+    kept = ada.idea("deeper", "keep", 0.9)
+    lost = ada.idea("a typo", "crash", 0)
+    assert NOT_REACHED not in ada.hub("exchange")
+    assert hub.git("for-each-ref", "refs/results", "refs/tries") == ""
+    bob.add("keep", "baseline", 1.0, 1.001, 0.999)
+    assert bob.frontier("exchange")[0] == ("0.900000", "1", kept, "test/ada")
+    assert bob.git("log", "-1", "--format=%s", lost) == "a typo"
+    record = ada.record.read_text()
+    shutil.rmtree(ada.folder)
+    ada = Member(hub, "ada")
+    ada.hub(*ada.joining)
+    assert ada.record.read_text() == record and ada.head() == kept
+    assert ada.git("log", "-1", "--format=%s", f"refs/tries/{lost}") == "a typo"
+
+
+def test_a_hub_that_takes_nothing_says_so_when_one_joins(hub):
+    add_hook(hub.folder, "pre-receive", "exit 1")
+    ada = Member(hub, "ada")
+    output = ada.join()
+    assert re.search(r"the hub does not take what exchange sends: ! .*declined.*; its owner has to allow", output)
+    assert "next: uv run ledger.py run" in output
+
+
+def test_a_shallow_clone_is_told_how_to_join(hub):
+    ada = Member(hub, "ada")
+    shutil.rmtree(ada.folder)
+    hub.git("config", "receive.shallowUpdate", "false")
+    main = hub.folder.parent / "main"
+    subprocess.run(
+        ["git", "clone", "-q", "--depth", "1", f"file://{main}", ada.folder], check=True, env=ada.environment
+    )
+    bare = hub.folder.parent / "empty.git"
+    subprocess.run(["git", "init", "-q", "--bare", bare], check=True, env=ada.environment)
+    ada.joining[1] = str(bare)
+    assert "this clone is shallow: git fetch --unshallow, and join again" in ada.join()
+    ada.git("fetch", "-q", "--unshallow")
+    assert "does not take" not in ada.hub(*ada.joining)
+    assert NOT_REACHED not in ada.hub("exchange")
+
+
+def test_a_hub_with_hashes_of_64_digits(request, environment):
+    environment["GIT_DEFAULT_HASH"] = "sha256"
+    test_build_on_the_best_of_another(request.getfixturevalue("two"))
+    assert len(request.getfixturevalue("two")[0].git("rev-parse", "HEAD")) == 64
+
+
 def test_join_refuses(hub):
     ada = Member(hub, "ada")
     ada.edit((r"\Z", "# more\n"))
-    assert "uncommitted changes" in ada.hub(*ada.joining, code=1)
+    assert "uncommitted changes" in ada.hub(*ada.joining, "--until", "9", code=1)
     ada.git("checkout", "train.py")
     assert "no hub here" in ada.hub("look", code=1)
     elsewhere = ["join", f"{hub.folder}-typo", *ada.joining[2:]]
@@ -407,12 +562,19 @@ SPOILED = {
     "role": ["best", None],
     "state": ["best", None, ["scored"]],
     "val_bpb": [0, -1, "0.5", None, math.nan, math.inf, 10**400, []],
-    "memory_gb": ["1", None],
+    "memory_gb": ["1", None, math.nan, 10**400],
     "description": [None, 7],
     "benchmark": [None, 7],
     "device": [7, ["cpu"], None],
     "time": [None, 7],
 }
+
+
+def test_what_others_say_is_on_one_line_and_of_this_world():
+    night = parse(json.dumps(START | {"device": "x\x1b[2J\ny"}), json.dumps(RESULT | {"reason": "no\nnext: rm\x07"}))
+    assert night.device == "x?[2J y" and next(iter(night.runs.values())).reason == "no next: rm?"
+    for until in ("9" * 5000, "soon", ""):
+        assert parse(json.dumps(START | {"until": until})).until == "never"
 
 
 def parse(*lines):

@@ -382,6 +382,37 @@ def test_what_is_sent_to_a_cluster(name):
     assert needed_on_cluster(night) == trainings
 
 
+def test_head_is_of_the_wave_too():
+    """It was adopted beside worktrees: the best of all is kept, and only when all are decided."""
+    worktree, head = Checkout((S, A)), dict(line=(S, B))
+    night = wave_of(*BASE, worktrees={"x": worktree}, **head)
+    assert verdicts(record(night, (B, 1, 0.5), *GOOD)) == ["", "", ""]
+    assert verdicts(record(night, (B, 2, 0.5), (B, 3, 0.5))) == ["discard", "keep", ""]
+
+
+def test_what_stands_on_a_discard_is_left_when_nothing_of_it_is_out():
+    tree = {"x": Checkout((S, A, B))}
+    runs = [*BASE, GOOD[0], (B, 1, 0.9), (A, 2, 1.1)]
+    assert verdicts(wave_of(*runs, worktrees=tree, out=[("idea", B, 2)])) == ["discard", "", ""]
+    assert verdicts(wave_of(*runs, worktrees=tree)) == ["discard", "discard", ""]
+
+
+def test_what_is_gone_is_judged_by_its_runs_first():
+    parent = {"parent": S}
+    won = [(A, seed, 0.99, parent) for seed in (1, 2, 3)]
+    assert verdicts(wave_of(*BASE, *won, ideas=[]))[0] == "discard"  # "left", after the first of them
+    night = wave_of(*BASE, ideas=[A], out=[("idea", A, 3)])
+    record(night, *won)
+    night.worktrees, night.out = {}, []
+    assert verdicts(record(night))[0] == "keep"
+    night = wave_of(*BASE, ideas=[A], out=[("idea", A, 3)])
+    record(night, *won[:2])
+    night.worktrees, night.out, night.broken = {}, [], {"a": "git fails"}
+    assert verdicts(record(night))[0] == ""  # for it may be there
+    night.broken = {}
+    assert record(night).attempt(A).decision.reason == "left"
+
+
 def verdicts(night):
     return [night.attempt(commit).verdict for commit in (A, B, C)]
 

@@ -329,6 +329,64 @@ def test_two_runs_at_once_and_what_they_leave(clone):
     assert not is_alive(int((clone.home / "child").read_text()))
 
 
+NOT_RECORDED = [
+    "import sys",
+    "print('scored, val_bpb 1.0, but not recorded: [Errno 28] No space left on device', file=sys.stderr)",
+    "sys.exit(74)",
+]
+
+
+def test_a_score_that_found_no_disk_is_run_again(clone):
+    """A full disk is no fault of train.py; the third time it is a crash, so that a night does not spin."""
+    clone.idea(*NOT_RECORDED)
+    assert "interrupted; scored, val_bpb 1.0, but not recorded: [Errno 28]" in clone.ledger("run")
+    clone.ledger("run")
+    assert "crash; 3 times scored, val_bpb 1.0, but not recorded" in clone.ledger("run")
+
+
+WRITING = [("run",), ("until", "now"), ("keep",), ("discard",), ("start", "second", "--until", "8"), ()]
+
+
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="needs prlimit")
+def test_a_full_disk_loses_nothing(clone):
+    """One line for each command, and the next one goes on."""
+    clone.idea(TRAIN, "# more\n")
+    clone.scores_next(val_bpb=0.9)
+    clone.ledger("run")
+    clone.git("checkout", "-q", "HEAD", "--", ".")
+    record, rows = clone.record.read_text(), clone.rows()
+    for words in WRITING:
+        (clone.folder / "results.tsv").unlink(missing_ok=True)
+        command = ["prlimit", "--fsize=0", sys.executable, "ledger.py", *words]
+        process = subprocess.run(command, cwd=clone.folder, env=clone.environment, capture_output=True, text=True)
+        assert (process.returncode, len(process.stderr.splitlines())) == (1, 1), process.stderr
+        assert clone.record.read_text() == record
+    clone.ledger()
+    assert clone.rows() == rows and not list(clone.folder.rglob("*.tmp"))
+    assert "scored 0.900000" in clone.ledger("run")
+
+
+def test_a_home_that_goes_away(clone, tmp_path):
+    clone.idea(TRAIN, "# more\n")
+    clone.home.rename(tmp_path / "away")
+    for words in ((), ("--json",), ("open",)):
+        clone.ledger(*words)
+    assert "is not in" in clone.ledger("run", code=1)
+    (tmp_path / "away").rename(clone.home)
+    assert "scored 1.000000" in clone.ledger("run")
+
+
+def test_a_home_inside_the_clone(clone):
+    """As in a sandbox that moves caches into the workspace: git sees nothing of it, and runs count."""
+    home = clone.folder / "home"
+    clone.home.rename(home)
+    clone.home.symlink_to(home)
+    (home / ".gitignore").write_text("*\n")
+    assert clone.git("status", "--porcelain") == ""
+    clone.idea(TRAIN, "# more\n")
+    assert "scored 1.000000" in clone.ledger("run")
+
+
 HOLDER = """
 import torch
 from harness.machine import DeviceLock
