@@ -31,10 +31,10 @@ def connect():
         hosts = f"{hosts},{host}".removeprefix(",")
     os.environ |= {"no_proxy": hosts, "NO_PROXY": hosts}
     os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # git may track what it is told to ignore
-    logging.getLogger("ray").setLevel(logging.WARNING)  # no lines about uploads
     with asking():
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.WARNING)  # no lines about uploads
         return JobSubmissionClient(address)
 
 

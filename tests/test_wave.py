@@ -15,7 +15,10 @@ import pytest
 from conftest import SYNC, Agent, Ray, ask_no_torch, free_ports, new_repository, replace, wait_for
 
 import prepare
+from harness import common
 from harness.journal import read_journal
+from night.record import read_night, recording
+from night.rules import needed_on_cluster
 from night.steps import WAVE_RUN
 from swarm import cluster, wave
 
@@ -126,6 +129,13 @@ ENDS = {  # exit code, log -> how it ended, what is saved of the log
     ),
     "no python": (127, "", "its node was not ready: no output", ""),
     "node": (None, None, "its node went: it died", None),
+    "torn": (0, 'Running\n\nRESULT {"exit": 0, "sco', "its last line, the result, was torn", "Running\n"),
+    "words after it": (
+        0,
+        f"Running\n{SCORED}\nError",
+        {"exit": 0, "ended": None, "scored": {"val_bpb": 1.0}},
+        "Running",
+    ),
     "ended by Ray": (-15, "Running\n", "its node went: it died", "Running\n"),
 }
 
@@ -245,6 +255,100 @@ def test_worktrees(sender):
     assert not list((sender.folder / "wave").iterdir())
     assert commit in sender.git("for-each-ref", "--format=%(objectname)", "refs/tries")
     assert WAVE_RUN in sender.python("ledger.py", "run", code=1)  # this night trains on a cluster
+
+
+def job_file(sender, commit, seed, **values):
+    """As wave.py writes it before it sends a job, and `exit` when that has ended."""
+    state = {"run": f"{commit[:7]}-{seed}-x", "commit": commit, "seed": seed, "role": "idea", "job": f"job-{seed}"}
+    state |= {"benchmark": sender.night()["benchmark"], "host": "another", "folder": "/another", "log": "/gone"}
+    (sender.place / "jobs").mkdir(exist_ok=True)
+    path = sender.place / "jobs" / f"{state['run']}.json"
+    path.write_text(json.dumps(state | values))
+    return state | values
+
+
+def scored_job(sender, commit, seed, score):
+    """A job that has ended with a score, and its line in the journal, as collect() leaves them."""
+    state = job_file(sender, commit, seed, exit=0)
+    line = LINE | {"run": state["run"], "commit": commit, "seed": seed, "val_bpb": score}
+    with open(sender.home / state["benchmark"] / "journal.jsonl", "a") as journal:
+        journal.write(json.dumps(line) + "\n")
+
+
+def test_jobs_are_recorded_by_any_command(sender):
+    """Also after the clone was moved; a score out of all range is a crash, and a file that was torn is none."""
+    commit = sender.idea("wider", (r"\Z", "# wider\n"))
+    scored_job(sender, commit, 1, 0.9)
+    scored_job(sender, commit, 2, 2000.0)
+    job_file(sender, commit, 3, exit=1)
+    for number, content in enumerate((b"", b"{", b"[]", b"{}", b"\xff\xfe")):
+        (sender.place / "jobs" / f"torn-{number}.json").write_bytes(content)
+    assert sender.states(commit) == ["scored 1", "crash 2", "crash 3"]
+    reasons = [run["reason"] for run in sender.night()["runs"]]
+    assert reasons == ["", "val_bpb 2000 is out of range", "exit code 1:"]
+    assert len(sender.jobs()) == 5 and len(sender.night()["runs"]) == 3
+
+
+def test_a_job_that_has_ended_is_out_until_it_is_recorded(sender, monkeypatch):
+    """Two `wave.py run` at once: one has taken a result, the other has not seen it yet."""
+    commit = sender.idea("wider", (r"\Z", "# wider\n"))
+    scored_job(sender, commit, 1, 0.9)
+    monkeypatch.setattr(common, "ROOT", sender.folder)
+    with recording("night") as (night, _):
+        assert commit not in [training.commit for training in needed_on_cluster(night)]
+
+
+@pytest.mark.cluster
+def test_a_job_that_never_began_is_sent_anew(sender):
+    """Ray ends those that wait for fifteen minutes: that is no run."""
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    commit = sender.idea("wider", (r"\Z", "# wider\n"))
+    job_file(sender, commit, 1)
+    ended = SimpleNamespace(is_terminal=lambda: True)
+    job = SimpleNamespace(submission_id="job-1", status=ended, driver_node_id=None, driver_exit_code=None, message="")
+    wave.collect(SimpleNamespace(list_jobs=lambda: [job]), sender.place)
+    assert sender.jobs() == [] and sender.states(commit) == []
+
+
+def test_what_is_not_decided_stays(sender):
+    """Whichever commit of a worktree it is, and whoever's night."""
+    first = sender.idea("chain", (r"\Z", "# first\n"))
+    job_file(sender, first, 1)
+    sender.edit((r"\Z", "# second\n"), file="wave/chain/train.py")
+    sender.wave("commit", "chain", "on top")
+    assert f"wave/chain stays: {first[:7]} is not decided yet" in sender.wave("clean")
+    sender.git("checkout", "-q", "main")
+    sender.python("ledger.py", "start", "second", "--until", "never")
+    sender.wave("clean")
+    assert (sender.folder / "wave" / "chain").exists()
+
+    # a worktree that git cannot read, as after the clone was moved
+    sender.git("checkout", "-q", "autoresearch/night")
+    scored_job(sender, first, 1, 0.9)
+    pointer = sender.folder / "wave" / "chain" / ".git"
+    content = pointer.read_text()
+    pointer.write_text("gitdir: /gone\n")
+    said = sender.python("ledger.py")
+    assert "warning: wave/chain cannot be read, git rev-list: fatal: not a git repository" in said
+    pointer.write_text(content)
+    assert sender.night()["decisions"] == [] and sender.states(first) == ["scored 1"]
+
+
+@pytest.mark.cluster
+def test_an_idea_that_is_not_on_the_last_keep_is_named(sender):
+    old = sender.idea("old", (r"\Z", "# old\n"))
+    sender.edit((r"\Z", "# kept\n"))
+    sender.git("commit", "-qm", "kept", "--", "train.py")
+    line = {"kind": "decision", "commit": sender.git("rev-parse", "HEAD").strip(), "decision": "keep", "by": "hand"}
+    with open(sender.place / "record.jsonl", "a") as record:
+        record.write(json.dumps(line) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "ROOT", sender.folder)
+        night, _ = read_night("night")
+    assert old not in [training.commit for training in needed_on_cluster(night)]
+    assert wave.problems_of_worktrees(night) == [
+        "wave/old does not stand on the last keep: its idea is not run, make it in a new worktree"
+    ]
 
 
 @pytest.fixture
