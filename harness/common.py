@@ -98,8 +98,12 @@ def printable(text, length):
 def write_atomically(path, content):
     # a name of this process's own: two may write at once
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def append_lines(path, lines):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 
 from harness.common import printable, write_atomically
 
@@ -53,9 +52,7 @@ def write_view(folder, night, place):
     # the stamp comes first: a view that was just written is always known
     stamps = read_stamps(place / "view.json")
     write_atomically(place / "view.json", json.dumps([*stamps, sha256_of(content.encode())][-STAMPS:]))
-    temporary = path.resolve().with_name("results.tmp")  # where it is a link, its target is written
-    temporary.write_text(content)
-    os.replace(temporary, path.resolve())
+    write_atomically(path.resolve(), content)  # where it is a link, its target is written
     return said
 
 
@@ -82,5 +79,5 @@ def move_aside(path, name):
     names = (f"{name}{number}{path.suffix}" for number in ("", *range(2, 10_000)))
     # over nothing that is there
     aside = next(path.with_name(other) for other in names if not path.with_name(other).exists())
-    os.replace(path, aside)
+    path.replace(aside)
     return aside
