@@ -6,14 +6,13 @@ repeated when the agent is. A scripted agent runs what `next:` says; only `uv` i
 import re
 
 import pytest
-from conftest import PROGRAM, ROOT, WEAK, Agent, new_repository, wait_for, weaken
+from conftest import CPU, PROGRAM, ROOT, WEAK, Agent, ask_no_torch, new_repository, wait_for, weaken
 
 import prepare
 from harness.journal import read_journal
 from night.steps import DROP, NEW_IDEA, OVER
 
-START = ["ledger.py", "start", "test", "--until", "9"]
-STOP = r"^    clock.stop\(\)"
+START = ["ledger.py", "start", "test", "--until", "8"]
 
 
 class Researcher(Agent):
@@ -56,6 +55,7 @@ def researcher(prepared, tmp_path, environment):
     weaken(researcher.folder)
     for name in ("BASELINE_SEEDS = (1, 2)", "FINAL_SEEDS = (4,)"):  # fewer runs of a kind
         researcher.edit((f"^{name.split()[0]} = .*", name), file="night/rules.py")
+    ask_no_torch(researcher.folder, prepare.device_name(CPU))
     researcher.git("commit", "-qam", "weak")
     assert researcher.run(*START).returncode == 0
     return researcher
@@ -67,7 +67,6 @@ rates up.* keep 1
 rates up.* keep 2
 rates up.* keep 3
 a slip.* crash 1
-too slow.* crash 1
 lost.* discard 1
 dropped.* discard 1
 baseline, final keep 4
@@ -84,12 +83,8 @@ def test_a_night_by_program(researcher):
     researcher.attempt("rates up", *((rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK))
     assert researcher.go_on() == NEW_IDEA
     kept = researcher.head()
-    for idea, edit in (
-        ("a slip", (r"^def norm\(x\):", "def norm(x:")),
-        ("too slow", (STOP, "    import time\n    time.sleep(3)\n    clock.stop()")),
-    ):
-        researcher.attempt(idea, edit)
-        assert researcher.go_on() == NEW_IDEA and researcher.head() == kept
+    researcher.attempt("a slip", (r"^def norm\(x\):", "def norm(x:"))
+    assert researcher.go_on() == NEW_IDEA and researcher.head() == kept
 
     # the shell is lost, but not the run: the same line again waits for it, and takes its score
     researcher.attempt("lost", *((rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK))
@@ -109,7 +104,7 @@ def test_a_night_by_program(researcher):
     researcher.sh("run")
     assert researcher.bash("uv run ledger.py discard")[0] == 0
 
-    # nine rows are the end
+    # eight rows are the end
     assert researcher.go_on() == OVER
     assert re.search(r"gain to report, on fresh seeds: \+\d", researcher.look()[1])
     assert researcher.run("ledger.py", "open").returncode == 1
