@@ -77,6 +77,7 @@ print(torch.__file__, prepare.runtime.set_up(torch.device("cpu"), None, 32, 1, T
 
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs a virtual environment, to link it")
+@pytest.mark.long  # another torch may break it, nothing else
 def test_torch_compiles_in_a_path_with_a_space_and_tries_nothing(tmp_path, environment):
     """
     The path of the environment and of the home, where torch has its cache elsewhere. No instruction set is tried, which
@@ -136,7 +137,7 @@ def test_locks_are_for_all_users_homes_and_processes(elsewhere, tmp_path, monkey
     message = f"another training is running on mps (pid {os.getpid()}): wait for it or end it; lock {taken}\n"
     assert (second.returncode, errors) == (DEVICE_TAKEN, message)
     lock.release()
-    assert start("-c", TAKE, environment=environment).wait() == 0
+    assert machine.DeviceLock(torch.device("mps")).held
 
 
 def test_no_tmpdir_moves_the_locks(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, Agent, new_repository, wait_for
 from filelock import FileLock
 
+from night.runner import is_running
+
 # It goes on as soon as there is no file `hold`; line.json has what the harness would have seen
 TRAIN = """
 import json, os, time
@@ -158,7 +160,7 @@ def clone(night_folder, tmp_path, own, environment):
     clone.scores_next()
     yield clone
     (home / "hold").unlink(missing_ok=True)
-    wait_for(lambda: json.loads(clone.ledger("--json"))["going_on"] is None)
+    wait_for(lambda: not is_running(clone.place))
 
 
 @pytest.fixture
