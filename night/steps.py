@@ -30,6 +30,7 @@ WAVE_RUN = "uv run --group cluster swarm/wave.py run"
 COMMIT = "git commit -q -m '<idea>; expect <gain>' -- train.py"
 DROP = "git checkout HEAD -- train.py"
 NEW_IDEA = "# a new idea: edit train.py"
+NEW_WORKTREE = f"# a new idea: {WAVE_RUN.removesuffix('run')}new <name>"
 OVER = "# the night is over"
 
 
@@ -209,8 +210,10 @@ def with_the_last_keep(night):
     if again:
         return run_step(night, again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
     when_done = f"nothing is left to run; when the edit is done, commit it: {COMMIT}"
+    command = NEW_IDEA
     if night.on_cluster:
         when_done = "nothing is left to run; make a worktree for each idea (swarm/program.md)"
+        command = NEW_WORKTREE
     if "/" in night.tag:  # it is shared on a hub
         when_done = f"exchange, look and say what you will try (swarm/program.md). Then: {when_done}"
     if night.changed:
@@ -219,11 +222,11 @@ def with_the_last_keep(night):
     # now and then another kind of idea is due
     if night.last_keep != night.start and ideas_since_pruning(night) >= PRUNING_IDEAS:
         reason = "pruning is due: take out one thing that was kept; its message begins with `prune`"
-        return Step("idea", NEW_IDEA, reason)
+        return Step("idea", command, reason)
     lost = ideas_since_keep(night)
     if lost >= STUCK_IDEAS:
-        return Step("idea", NEW_IDEA, f"{lost} ideas in a row were not kept: change the structure, not a number")
-    return Step("idea", NEW_IDEA, when_done)
+        return Step("idea", command, f"{lost} ideas in a row were not kept: change the structure, not a number")
+    return Step("idea", command, when_done)
 
 
 def ideas_since_pruning(night):

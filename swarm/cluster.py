@@ -34,8 +34,10 @@ def connect():
     with asking():
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)  # no lines about uploads
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # no lines about uploads
+    return client
 
 
 @contextlib.contextmanager

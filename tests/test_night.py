@@ -442,9 +442,9 @@ def test_what_comes_next_in_a_wave():
     assert next_step(wave_of(*BASE)).command == steps.WAVE_RUN
     assert next_step(wave_of(ideas=[])).command == steps.WAVE_RUN  # the baseline
     assert next_step(wave_of(ideas=[], on_cluster=False)).command == RUN
-    assert next_step(wave_of(*BASE, (A, 1, 1.1), (B, 1, 1.1))).command == IDEA
+    assert next_step(wave_of(*BASE, (A, 1, 1.1), (B, 1, 1.1))).command == steps.NEW_WORKTREE
     gone = wave_of(*BASE, (A, 1, 0.99), ideas=[])
-    assert gone.attempt(A).decision.reason == "left" and next_step(gone).command == IDEA
+    assert gone.attempt(A).decision.reason == "left" and next_step(gone).kind == "idea"
 
 
 # --------------------------------------
