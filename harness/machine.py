@@ -61,6 +61,8 @@ class DeviceLock:
     def __init__(self, device):
         self.pid = os.getpid()
         self.locks = []
+
+        # the home first: it is the one that has to work
         try:
             self.take(find_home() / "locks", device)
         except OSError as error:

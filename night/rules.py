@@ -133,6 +133,8 @@ def judge_gone(attempt, decision, night):
     """
     if night.broken:
         return None
+
+    # it may have been left before its last runs came in
     run = next(iter(attempt.runs.values()))
     if decision and (decision.decision == "discard" or run.parent == night.last_keep):
         return decision
@@ -151,6 +153,8 @@ def choose_of_wave(decisions, night):
     waiting = [training.commit for training in needed_in_wave(night, night)] + [job["commit"] for job in night.out]
     if any(commit not in decided and night.attempt(commit).verdict != "discard" for commit in waiting):
         return others
+
+    # the others were measured against the same bar, so they may add up
     best = max(winners, key=lambda decision: decision.gain)
     reason = f"it could be kept, too: combine with {short(best.commit)}"
     lost = [replace(winner, decision="discard", reason=reason) for winner in winners if winner is not best]
