@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness import common
-from harness.common import DEVICE_TAKEN, call_git, find_home, git, now, write_atomically
+from harness.common import DEVICE_TAKEN, call_git, find_home, now, write_atomically
 from night.record import read_run
 
 KEEPER_SECONDS = 20 * 60  # beside the budget: the harness ends a run that hangs before that
@@ -53,8 +53,8 @@ def begin(place, night, training, budget):
     """Start the keeper of a training, and return its process. The caller holds the lock of the record."""
     commit = training.commit
 
-    # git forgets no try, and the lock is held before anything says that a run goes on
-    git("update-ref", f"refs/tries/{commit[:7]}", commit)
+    # the lock is held before anything says that a run goes on
+    store(commit)
     lock = open(place / "run.lock", "a")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)
     write_files(place / "run", commit)
@@ -70,6 +70,11 @@ def begin(place, night, training, budget):
     keeper = subprocess.Popen(command, cwd=common.ROOT, pass_fds=[lock.fileno()], start_new_session=True, **streams)
     lock.close()
     return keeper
+
+
+def store(commit):
+    """Keep a commit as a try, which git does not forget."""
+    call_git("update-ref", f"refs/tries/{commit[:7]}", commit)
 
 
 def new_state(night, place, training, budget):

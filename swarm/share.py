@@ -95,6 +95,7 @@ def send(night, top=None):
     here = set(git("for-each-ref", "--format=%(objectname)", "refs/tries").output.split())
     there = set(list_refs("%(objectname)", f"tries/{tag}"))
     tries = [f"{commit}:{top}/tries/{tag}/{short(commit)}" for commit in night.tries if commit in here - there]
+
     # the branch ends with the last keep there: HEAD may be taken back, which not every hub allows
     refs = (f"{own}:{top}/results/{tag}", f"{night.last_keep}:{branch}", *tries)
     answer = git("push", "-q", "--atomic", "hub", *refs, seconds=NETWORK_SECONDS)
@@ -133,12 +134,12 @@ def enter(tag, until, is_known):
     # three cases: the night is here already, it is only on the hub, or it is new
     if is_here:
         restore_record(tag)
-        check_out(branch, branch)
+        call_git("checkout", "-q", branch)
         print(f"{branch} is here already; the hub was {'not reached: ' + reason if reason else 'fetched'}")
     elif find_record(tag):
         refuse_other_files(branch)
         restore_record(tag)  # before the branch: whoever kills this, says it again
-        check_out(branch, "-b", branch, f"refs/remotes/hub/{branch}")
+        call_git("checkout", "-q", "-b", branch, f"refs/remotes/hub/{branch}")
         print(f"{branch} is back from the hub")
     elif until is None:
         raise SystemExit(f"{tag} is new on this hub: say when it ends, with --until <when>")
@@ -168,13 +169,6 @@ def try_to_send(night):
             f"its owner has to allow pushes to {heads}, and to refs/results/* and refs/tries/*, or all refs/heads/*"
         )
     print(f"the hub does not take what exchange sends: {reasons[0]}; {way_out}")
-
-
-def check_out(branch, *words):
-    """Check out a branch. Raises SystemExit if git refuses."""
-    answer = git("checkout", "-q", *words)
-    if not answer.worked:
-        raise SystemExit(f"git refuses to check out {branch}: {answer.complaint}")
 
 
 def refuse_other_files(branch):

@@ -86,7 +86,7 @@ def clean():
 
         # no branch has its commit, and it may never have run
         head = checkout.line[-1]
-        call_git("update-ref", f"refs/tries/{short(head)}", head)
+        runner.store(head)
         if checkout.changed or not git("worktree", "remove", str(find_folder(name))).worked:
             print(f"wave/{name} stays: it has changes")
     ledger.print_next(night)
@@ -122,11 +122,12 @@ def run(wait, slot):
 
     # what is new; another process may have recorded it
     night, _, journal, problems = ledger.load()
-    for run in night.runs.values():
-        if run.run not in before:
-            ledger.print_run(run, night, journal, runner.read_log(log_path(place, run.run)))
-        if run.run not in before and run.state == "crash":
-            print(f"log: {log_path(place, run.run)}")
+    for ended in night.runs.values():
+        log = log_path(place, ended.run)
+        if ended.run not in before:
+            ledger.print_run(ended, night, journal, runner.read_log(log))
+        if ended.run not in before and ended.state == "crash":
+            print(f"log: {log}")
     print_out(client, night)
     ledger.print_problems(problems + problems_of_worktrees(night))
     ledger.print_next(night)
@@ -192,7 +193,7 @@ def log_path(place, run):
 
 def send(client, night, state, slot):
     """Submit a job: the files of its commit."""
-    git("update-ref", f"refs/tries/{short(state['commit'])}", state["commit"])
+    runner.store(state["commit"])
     record = json.loads((find_home() / night.benchmark / "benchmark.json").read_text())
     arguments = ["--dataset", record["dataset"], *shlex.split(record.get("arguments", ""))]
     command = shlex.join(["python", "swarm/job.py", json.dumps({"state": state, "arguments": arguments})])

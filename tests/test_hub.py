@@ -230,9 +230,12 @@ def test_join_that_was_killed_is_said_again(hub, tmp_path):
     ada.add("keep", "baseline", 1.0)
     ada.hub("exchange")
     record = ada.record.read_text()
-    for number, step in enumerate(("restore_record", "check_out", "try_to_send")):
+    real = "real = share.call_git; "
+    checkout = "lambda *words, **options: os._exit(9) if words[0] == 'checkout' else real(*words, **options)"
+    steps = {"restore_record": "", "call_git": checkout, "try_to_send": ""}
+    for number, (step, kill) in enumerate(steps.items()):
         again = Member(hub, "ada", folder=f"again-{number}")
-        code = f"import swarm.share as share, os, sys; share.{step} = lambda *words: os._exit(9)\n"
+        code = f"import swarm.share as share, os; {real}share.{step} = {kill or 'lambda *words: os._exit(9)'}\n"
         code += f"share.join({str(hub.folder)!r}, 'test/ada', None)"
         assert again.run("-c", code).returncode == 9
         again.ledger_or_none()
