@@ -48,7 +48,9 @@ def asking():
     try:
         yield
     except (OSError, RuntimeError, RayStateApiException) as error:
-        reason = f"the cluster at {os.environ[ADDRESS]} does not answer: {first_line(error)}"
+        # Ray may send the traceback of its own process: its last line says why
+        words = str(error).strip().rpartition("\n")[2] if "Traceback" in str(error) else error
+        reason = f"the cluster at {os.environ[ADDRESS]} does not answer: {first_line(words)}"
         raise SystemExit(f"{reason}; where it has ended, the human says {START}") from None
 
 

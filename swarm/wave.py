@@ -201,9 +201,9 @@ def send(client, night, state, slot):
         files = Path(folder, "files")
         runner.write_files(files, state["commit"])
         try:
-            client.submit_job(
-                entrypoint=command, submission_id=state["job"], runtime_env={"working_dir": str(files)}, **slot
-            )
+            # of the node: where `uv run` has started Ray, Ray would make an environment of its own for each commit
+            environment = {"working_dir": str(files), "py_executable": "python"}
+            client.submit_job(entrypoint=command, submission_id=state["job"], runtime_env=environment, **slot)
         except RuntimeError as error:
             if "already exists" not in str(error):  # another `run` was faster
                 raise

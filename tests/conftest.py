@@ -400,17 +400,28 @@ class Ray:
         self.port, self.dashboard = free_ports(2)
         self.address = f"http://127.0.0.1:{self.dashboard}"
         self.nodes = []
+        (self.folder / "started").mkdir()
+        (self.folder / "started" / "run").write_text("import subprocess, sys\nsubprocess.run(sys.argv[1:])\n")
 
     def start(self, *words, home, cpus=1):
         (self.folder / home).mkdir(exist_ok=True)
-        command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", *words]
+        # Ray looks for `uv run` above itself, to start its workers the same way
+        command = [
+            "uv",
+            "run",
+            Path(sys.executable).with_name("ray"),
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            *words,
+        ]
         command += [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
         environment = self.environment | {"AUTORESEARCH_HOME": str(self.folder / home)}
         environment |= {"RAY_health_check_period_ms": "500"}  # so that a node that is gone is missed after 3 s, not 15
         environment.pop("RAY_API_SERVER_ADDRESS", None)
         with open(self.folder / f"{home}.log", "w") as log:
-            options = dict(env=environment, stdout=log, stderr=log, start_new_session=True)
-            self.nodes.append(subprocess.Popen(command, **options))
+            options = dict(cwd=self.folder / "started", env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.nodes.append(subprocess.Popen(command, executable=sys.executable, **options))
         wait_for(lambda: "Ray runtime started" in (self.folder / f"{home}.log").read_text())
         return self.nodes[-1]
 

@@ -61,6 +61,15 @@ def test_requests_take_no_proxy(before, after, monkeypatch):
     assert environment["no_proxy"] == environment["NO_PROXY"] == after
 
 
+@pytest.mark.cluster
+def test_errors_of_the_cluster(monkeypatch):
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    monkeypatch.setenv(cluster.ADDRESS, "http://a")
+    words = "status code 500: Traceback (most recent call last):\n  File a, line 1\nValueError: too large\n"
+    with pytest.raises(SystemExit, match="http://a does not answer: ValueError: too large; where"), cluster.asking():
+        raise RuntimeError(words)
+
+
 def test_the_cluster_has_to_be_named(monkeypatch):
     monkeypatch.delenv(cluster.ADDRESS, raising=False)
     with pytest.raises(SystemExit, match="ray start --head`, then `export RAY_API_SERVER_ADDRESS=http"):
