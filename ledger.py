@@ -29,7 +29,7 @@ from datetime import datetime, timedelta, timezone
 from harness import common
 from harness.common import OneLineParser, find_home, git, now, resolve, run_command
 from harness.journal import flags, read_journal
-from night import checks, ends, runner
+from night import checks, clients, ends, runner
 from night.record import NoNight, append, find_tag, read_night, read_run, recording
 from night.rules import bar, gains_of, is_over, noise_floor, scores_of, short
 from night.steps import RUN, next_step
@@ -368,6 +368,7 @@ def start(tag, until):
     if until == "never":
         print("(a night without an end has no final runs, so no gain to report: `uv run ledger.py until now` ends it)")
     print(f"benchmark {night.benchmark}, {load_budget(night):g} s a run, on {night.device or 'a cluster'}")
+    print_problems(clients.warnings())
     print_next(night)
 
 

@@ -33,6 +33,7 @@ os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where p
 os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ar-")
 os.environ["AUTORESEARCH_LOCKS"] = os.environ["TMPDIR"] + "/locks"
 tempfile.tempdir = None  # so that it is read
+os.environ["CLAUDE_CONFIG_DIR"] = os.environ["CODEX_HOME"] = os.environ["TMPDIR"] + "/clients"
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that it starts: two workers share two cores
 torch.set_num_threads(1)
 for name in (

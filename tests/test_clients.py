@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SYNC, WEAK, Agent, Ray, new_repository, replace, wait_for, weaken
+from test_ledger import CLIENTS, write_settings
 
 import prepare
 from harness.journal import read_journal
@@ -281,6 +282,28 @@ def test_a_client_sends_a_wave(client, ray):
     rows = client.rows()[1:]
     assert sorted(row[4].split(";")[0] for row in rows)[:3] == ["baseline, seed 1", "baseline, seed 2", "no change"]
     assert len({row[0] for row in rows}) == 3 and client.git("status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize("case", [case for case in CLIENTS if not case.startswith("no ")])
+def test_the_rules_of_the_user(case, client):
+    """Claude Code and Codex refuse the very things that `start` has named, and nothing where it has named nothing."""
+    place, _, refused = CLIENTS[case]
+    if (place == "rules") != (client.name == "codex"):
+        pytest.skip("the file of the other client")
+    write_settings(CLIENTS[case], client.folder, client.home)
+    folders = {"CLAUDE_CONFIG_DIR": ".claude", "CODEX_HOME": ".codex"}
+    client.environment |= {name: str(client.home / folder) for name, folder in folders.items()}
+    assert refused in client.run("ledger.py", "start", "test", "--until", "never").stdout
+    old, path = "COMPILE = True  # torch.compile", client.path("train.py")
+    steps = [{"name": "read", "read": path}, {"name": "edit", "edit": [path, old, old.replace("True", "not False")]}]
+    steps += lines("uv run ledger.py", "git commit -q -m 'an idea' -- train.py", "git reset -q --keep HEAD^")
+    came = client.play(steps)
+    words = ("denied", "requested permissions", "plan mode", "ejected(")
+    ended = [name for name, line in came.items() if any(word in line["result"] for word in words)]
+    assert len(came) == len(steps) and bool(ended) == bool(refused), came
+    if ended:  # the first of them
+        name = ended[0].split(" '")[0].lstrip("0123456789 ")
+        assert name in refused, came
 
 
 PROGRAM_LINES = [  # that stand in its sentences

@@ -212,6 +212,46 @@ def test_start_refuses_and_leaves_all_as_it_was(name, clone, monkeypatch):
     assert look() == before
 
 
+CLIENTS = {  # file of the user's, what it has, and what would be refused
+    "deny": ("user", {"deny": ["Bash(git reset *)"]}, "git reset -q --keep HEAD^"),
+    "ask": ("user", {"ask": ["Bash(git commit:*)"]}, "git commit -q -m 'an idea' -- train.py"),
+    "ask for all of uv": ("user", {"ask": ["Bash(uv *)"]}, "uv run ledger.py"),
+    "ask for any command": ("local", {"ask": ["Bash"]}, "uv run ledger.py"),
+    "ask for edits": ("user", {"ask": ["Edit"]}, "the edit of train.py"),
+    "edits of Python": ("local", {"deny": ["Edit(**/*.py)"]}, "the edit of train.py"),
+    "plan": ("local", {"defaultMode": "plan"}, "Claude Code edits nothing"),
+    "no JSON": ("user", None, "can't be read, so Claude Code may refuse anything"),
+    "prompt": ("rules", 'prefix_rule(pattern = ["git", ["commit", "push"]], decision = "prompt")', "git commit -q -m"),
+    "forbidden": ("rules", 'prefix_rule(pattern = ["uv", "run"], decision = "forbidden")', "uv run ledger.py"),
+    "no rules": ("rules", "prefix_rule(", "can't be read, so Codex may refuse anything"),
+    # of no concern
+    "plan of the user": ("user", {"defaultMode": "plan"}, ""),
+    "other commands": ("user", {"deny": ["Bash(git push *)", "Bash(rm:*)", "WebFetch", "Edit(/src/**)"]}, ""),
+    "allowed": ("rules", 'prefix_rule(pattern = ["git"], decision = "allow")', ""),
+    "other rules": ("rules", 'prefix_rule(pattern = ["git", "push"], decision = "forbidden")', ""),
+}
+
+
+def write_settings(case, folder, home):
+    """One of CLIENTS, in the files of a user with this home."""
+    place, content, _ = case
+    paths = {"user": home / ".claude/settings.json", "local": folder / ".claude/settings.local.json"}
+    path = paths.get(place, home / ".codex/rules/default.rules")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if place == "rules" else content and json.dumps({"permissions": content}) or "{")
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_start_names_the_rules_of_clients(name, clone, tmp_path, monkeypatch):
+    """The real clients agree: tests/test_clients.py."""
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path / ".claude"))
+    monkeypatch.setenv("CODEX_HOME", str(tmp_path / ".codex"))
+    write_settings(CLIENTS[name], clone.folder, tmp_path)
+    printed = clone.say("start", "test", "--until", "never")
+    warnings = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == bool(CLIENTS[name][2]) and all(CLIENTS[name][2] in line for line in warnings)
+
+
 def test_start_says_all_problems_at_once(clone, monkeypatch):
     for name in ("no identity", "index.lock", "changes", "branch autoresearch", "no benchmark", "no compiler"):
         spoil(clone, PROBLEMS[name][0], monkeypatch)
