@@ -4,17 +4,22 @@ whole, and locks, processes and files that are left behind.
 """
 
 import contextlib
+import functools
+import http.server
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ONE_SHARD, every_byte, refused, score, snapshot, start, uniform, wait_for
+from conftest import ONE_SHARD, ROOT, every_byte, refused, score, snapshot, start, uniform, wait_for
 
 import prepare
 from harness.journal import read_journal
@@ -165,3 +170,45 @@ def test_fifty_trainings_in_a_row(own):
         megabytes.append(float(re.search(r"^peak_vram_mb: +(\S+)", output, re.M)[1]))
     assert set(files[1:]) == {files[-1]} and max(megabytes[-10:]) < 1.1 * max(megabytes[1:11])
     assert len(read_journal(own.path)) == 50
+
+
+# --------------------------------------
+# The package index
+
+
+def add_package(index, name, version):
+    """An empty wheel, on the page of an index."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (index / name).mkdir(exist_ok=True)
+    with zipfile.ZipFile(index / name / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{stem}.dist-info/METADATA", metadata)
+        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+def test_a_mirror_without_dates(tmp_path):
+    """README's way past exclude-newer; the pages of this index are listings of folders."""
+    index, clone = tmp_path / "index", tmp_path / "clone"
+    index.mkdir()
+    clone.mkdir()
+    project = (ROOT / "pyproject.toml").read_text()
+    (clone / "pyproject.toml").write_text(project)
+    lists = re.findall(r"^\w+ = \[(.*?)\]$", project.partition("[tool.uv]")[0], re.M | re.S)
+    packages = re.findall(r'"([\w-]+)(?:\[\w+\])?(?:==([\d.]+))?"', "".join(lists))
+    assert {"torch", "filelock", "pytest", "pandas", "ray"} <= {name for name, _ in packages}
+    for name, version in packages:
+        add_package(index, name.replace("_", "-"), version or "1.0")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=index)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"PATH": os.environ["PATH"], "UV_CACHE_DIR": str(tmp_path / "cache"), "UV_PYTHON": sys.executable}
+        environment["UV_DEFAULT_INDEX"] = f"http://127.0.0.1:{server.server_port}"
+        lock = ["uv", "lock", "--no-progress"]
+        options = dict(cwd=clone, capture_output=True, text=True)
+        refused = subprocess.run(lock, env=environment, **options)
+        assert refused.returncode != 0 and "filtered by `exclude-newer`" in refused.stderr
+        name, value = re.search(r"`export (UV_EXCLUDE_NEWER)=(\w+)`", (ROOT / "README.md").read_text()).groups()
+        subprocess.run(lock, env=environment | {name: value}, check=True, **options)
+        server.shutdown()
+    assert 'name = "torch"\nversion = "2.11.0"' in (clone / "uv.lock").read_text()
