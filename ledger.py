@@ -28,7 +28,7 @@ from datetime import datetime, timedelta, timezone
 
 from harness import common
 from harness.common import OneLineParser, find_home, git, now, resolve, run_command
-from harness.journal import flags, read_journal
+from harness.journal import flags, read_journal, refuse_unwritable
 from night import checks, clients, ends, runner
 from night.record import NoNight, append, find_tag, read_night, read_run, recording
 from night.rules import bar, gains_of, is_over, noise_floor, scores_of, short
@@ -213,6 +213,7 @@ def run():
         raise SystemExit(f"nothing is run here: this night trains on a cluster; next: {step.command}")
     if step.kind == "run":
         budget = load_budget(night)
+        refuse_unwritable(find_home() / night.benchmark)
         keeper = start_run(step.training, budget)
         wait_for_run(place, keeper)
     elif step.kind == "wait":

@@ -501,6 +501,7 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         was_training = model.training
         model.eval()  # before clock.check() takes the time: train.py may override eval() and compute in it
         clock.check()
+        journal.refuse_unwritable(benchmark.path)  # it may have gone since
         if benchmark != open_benchmark(benchmark.path) or benchmark != clock.benchmark:
             raise RuntimeError("not scored: the benchmark differs from the one on disk; use load_benchmark()")
         scores = score(model, benchmark, batch_size, clock.device)

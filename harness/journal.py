@@ -92,21 +92,22 @@ def find_origin():
 
 
 def refuse_unwritable(folder):
-    """Raise SystemExit before a training whose score could not be recorded."""
+    """Raise NotRecorded before a training whose score could not be recorded."""
     trial = folder / f"writable.{os.getpid()}.tmp"
     try:
         trial.write_text("yes")
         trial.unlink()
     except OSError as error:
-        raise SystemExit(f"cannot write to AUTORESEARCH_HOME: {explain(error)}") from None
+        raise NotRecorded(f"cannot write to AUTORESEARCH_HOME: {explain(error)}") from None
 
 
 class NotRecorded(SystemExit):
-    """A scored run that could not be written down. Exits with NOT_RECORDED, so that its runner runs it again."""
+    """There is no disk for a score, as is printed. Exits with NOT_RECORDED, so that the runner runs it again."""
 
     def __init__(self, message):
         super().__init__(NOT_RECORDED)
         self.message = message
+        print(message, file=sys.stderr)
 
     def __str__(self):
         return self.message
@@ -120,9 +121,8 @@ def record_run(folder, run, model):
     try:
         append_run(folder, run, model)
     except OSError as error:
-        lost = NotRecorded(f"scored, val_bpb {run['val_bpb']:.6f}, but not recorded: {explain(error)}")
-        print(lost, file=sys.stderr)
-        raise lost from None
+        score = f"val_bpb {run['val_bpb']:.6f}"
+        raise NotRecorded(f"scored, {score}, but not recorded: {explain(error)}") from None
 
 
 def append_run(folder, run, model):

@@ -22,7 +22,8 @@ import torch
 from conftest import ONE_SHARD, ROOT, every_byte, refused, score, snapshot, start, uniform, wait_for
 
 import prepare
-from harness.journal import read_journal
+from harness.common import NOT_RECORDED
+from harness.journal import NotRecorded, read_journal
 
 # --------------------------------------
 # Disk
@@ -69,6 +70,21 @@ def test_a_full_disk_while_recording(own, capsys):
     assert not list(own.path.glob("best.*")) and not journal.read_text().endswith("\n")
     score(own, uniform())  # once there is space again, the next line stands by itself
     assert read_journal(own.path)[-1]["val_bpb"] > 0
+
+
+def test_a_home_that_goes_away(own, capsys):
+    """In mid-run: no fault of train.py, so the runner has it run again."""
+    away = own.path.with_name("away")
+    clock = prepare.TrainingClock(own, "cpu")
+    clock.start()
+    clock.stop()
+    own.path.rename(away)
+    with pytest.raises(NotRecorded) as lost:
+        prepare.evaluate_bpb(uniform(), own, 8, clock)
+    assert lost.value.code == NOT_RECORDED and "cannot write to AUTORESEARCH_HOME" in capsys.readouterr().err
+    away.rename(own.path)
+    score(own, uniform())
+    assert len(read_journal(own.path)) == 1
 
 
 def test_a_home_that_is_no_folder(home, book):

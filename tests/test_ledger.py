@@ -611,6 +611,16 @@ def test_two_linked_worktrees_do_not_meet(night):
     assert night.view.read_bytes() == first
 
 
+def test_nothing_is_run_where_no_score_can_be_recorded(night, capsys):
+    (night.home / "local" / f"writable.{os.getpid()}.tmp").mkdir()
+    night.git("commit", "-q", "--allow-empty", "-m", "an idea")
+    before = night.record.read_bytes()
+    with pytest.raises(SystemExit):
+        night.say("run")
+    assert "cannot write to AUTORESEARCH_HOME: [Errno 21]" in capsys.readouterr().err
+    assert night.record.read_bytes() == before and night.next() == "uv run ledger.py run"
+
+
 def test_a_run_by_hand_is_named_and_has_no_row(night):
     lines = [{"val_bpb": 0.5, "commit": commit, "run": run} for commit, run in (("x", None), (night.start, "x"))]
     for count, line in enumerate([*lines, {"val_bpb": 0.5, "commit": night.start, "run": None}]):
