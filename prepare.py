@@ -31,11 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.common import OneLineParser, explain, find_home, first_line, now, sha256, write_atomically
+
 PROCESS_START = time.monotonic()  # before the imports that take seconds, so that total_seconds counts them
-
-from harness.common import OneLineParser, end_quietly, explain, find_home, first_line, now, sha256, write_atomically
-
-sys.excepthook = end_quietly  # Ctrl-C may come in these seconds, too
 
 import numpy as np
 from filelock import FileLock

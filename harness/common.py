@@ -66,9 +66,12 @@ def run_command(main):
 
 
 def end_quietly(kind, error, traceback):
-    """For sys.excepthook: Ctrl-C leaves no traceback; Python then ends by the signal, which shells call 130."""
+    """Ctrl-C leaves no traceback; Python then ends by the signal, which shells call 130."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = end_quietly  # of all our programs: Ctrl-C may come while they import
 
 
 def now():
