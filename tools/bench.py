@@ -3,10 +3,11 @@ What train.py makes of this machine, as ratios measured in one run, for the unto
 
     uv run prepare.py && uv run python tools/bench.py
 
-Each figure is the best of ROUNDS segments, which take turns, each in a process of its own. And what it would make of an
-H100, predicted from the kernels that torch.compile generates for one that isn't there (null_cuda.py), in minutes:
+Each figure is the best of ROUNDS segments, which take turns, each in a process of its own.
 
-    uv run python tools/bench.py --gpu
+And what an idea is worth when each commit's train.py trains for so many steps, however fast the machine is by then:
+
+    uv run python tools/bench.py --steps 800 --seeds 1-5 <commit> <commit>
 
 And how long a look at a night of 5,000 runs takes, `uv run ledger.py`, and at a hub of 100 agents with 100,000 runs:
 
@@ -14,18 +15,19 @@ And how long a look at a night of 5,000 runs takes, `uv run ledger.py`, and at a
 """
 
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.null_cuda import build, forgive_values
+from night.runner import write_files
 
 ROUNDS, SECONDS = 3, 10
 LOOK_RUNS = 5000
@@ -150,129 +152,76 @@ def main():
 
 
 # --------------------------------------
-# An H100, predicted: each kernel takes the longer of its arithmetic and its memory traffic
-
-PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # a second: bfloat16, HBM3 (NVIDIA data sheet of the H100 SXM)
-# Shares of these peaks that kernels reach. Of matrix products: what makes the reference's step 316 ms with flash3
-# (315 to 318 are published); of attention, FlashAttention-2 and -3 on an H100: Shah et al. 2024, arXiv 2407.08608
-MATRIX_SHARE, MEMORY_SHARE, ATTENTION_SHARES = 0.54, 0.9, {"varlen": 0.35, "flash3": 0.6}
-ROWS, T, V = 128, 2048, 8192
-PLAIN = [  # train.py without what it adds to its model
-    ("self.ngrams(hash_ngrams(inputs))", "None"),
-    ("self.wte(inputs) + ngrams.flatten(2)", "self.wte(inputs)"),
-    ("smear(norm(x), self.smear_gates[0])", "norm(x)"),
-    ("smear(norm(x), self.smear_gates[1])", "norm(x)"),
-    ("k = torch.cat([shift(before), same], dim=2)", "pass"),
-]
-LATE_NORM = [  # the reference normalizes what is rotated
-    ("norm(self.query(x).view(heads))", "self.query(x).view(heads)"),
-    ("norm(self.key(x).view(heads))", "self.key(x).view(heads)"),
-    (
-        "apply_rotary_emb(q, *cos_sin), apply_rotary_emb(k, *cos_sin)",
-        "*(norm(apply_rotary_emb(x, *cos_sin)) for x in (q, k))",
-    ),
-]
-REFERENCE = dict(DEPTH=8, MODEL_DIM=512, WINDOW_PATTERN="SSSL", SHORT_WINDOW=1 / 2, TOTAL_BATCH_SIZE=2**19)
-VARIANTS = {
-    "train.py": ([], {}),
-    "with the pointer": ([], dict(POINTER=True)),
-    "without n-grams, smear, shifted keys": (PLAIN, {}),
-    "reference": (PLAIN + LATE_NORM, REFERENCE),
-}
+# Ideas at fixed steps: how fast the machine is today makes no difference
 
 
-def load_edited(variant):
-    """train.py as a module, as the variant has it."""
-    edits, constants = VARIANTS[variant]
-    source = (ROOT / "train.py").read_text()
-    for old, new in edits:
-        if source.count(old) != 1:
-            sys.exit(f"bench.py: train.py has {source.count(old)} times what a variant edits: {old}")
-        source = source.replace(old, new)
-    module = types.ModuleType("train")
-    exec(compile(source, "train.py", "exec"), vars(module))
-    vars(module).update(constants)
-    return module
+def compare(steps, seeds, commits):
+    """Train each commit's train.py for so many steps, seed by seed in turns; print scores, and gains over the first."""
+    found = {commit: [] for commit in commits}
+    with tempfile.TemporaryDirectory() as folder:
+        for commit in commits:
+            write_files(Path(folder, commit), commit)
+        for seed in seeds:
+            for commit in commits:
+                environment = os.environ | {"AUTORESEARCH_SEED": str(seed)}
+                command = [sys.executable, __file__, "train", str(steps)]
+                options = dict(cwd=Path(folder, commit), env=environment, check=True, text=True)
+                output = subprocess.run(command, stdout=subprocess.PIPE, **options).stdout
+                run = json.loads(output.splitlines()[-1])
+                found[commit].append(run)
+                figures = f"{run['val_bpb']:.6f}, {run['steps']} steps of {run['step_ms']:.1f} ms"
+                print(f"{commit} seed {seed}: {figures}", flush=True)
+
+    # pairs of one seed see the same rows
+    first = found[commits[0]]
+    for commit in commits[1:]:
+        gains = [before["val_bpb"] - after["val_bpb"] for before, after in zip(first, found[commit], strict=True)]
+        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+        gain = f"{statistics.mean(gains):+.6f}, standard error {error:.6f}"
+        print(f"{commit}: gain over {commits[0]} {gain}, {step_ms(found[commit]) / step_ms(first):.3f} of its time")
 
 
-def count_kernels():
-    """From now on, (FLOPs, bytes) of every kernel that torch.compile made and that runs go into the list."""
-    from torch._inductor.graph import GraphLowering
-
-    executed = []
-
-    def count(graph, compile_to_module=GraphLowering.compile_to_module):
-        module = compile_to_module(graph)
-        # attention has no count of FLOPs: it is added from a formula
-        nodes = [node for node in graph.scheduler.nodes if "varlen" not in str(getattr(node.node, "op_overload", ""))]
-        costs = [(node.estimate_flops() or 0, node.get_read_write_buffers_sizes()) for node in nodes]
-
-        def call(arguments, call=module.call):
-            executed.extend(costs)
-            return call(arguments)
-
-        module.call = call
-        return module
-
-    GraphLowering.compile_to_module = count
-    return executed
+def step_ms(runs):
+    return statistics.median(run["step_ms"] for run in runs)
 
 
-def predict(variant):
-    """Compile a training step on the null H100, count what its kernels do, and print how long an H100 should take."""
-    import torch
-
+def train_steps(steps):
+    """Train and score the train.py of this folder, which calls clock.tick() once a step. No journal has the score."""
+    # its own harness, too
+    sys.path.insert(0, os.getcwd())
     import prepare
 
-    # two steps: the first one compiles
-    train = load_edited(variant)
-    executed = count_kernels()
-    forgive_values()
-    device = prepare.runtime.choose_device()
-    setup = prepare.runtime.set_up(device, train.banded, train.HEAD_DIM, train.QUERY_GROUP, True)
-    shape = types.SimpleNamespace(vocab_size=V, max_seq_len=T, seed=42)
-    model = train.build_model(shape, setup)
-    optimizers = train.build_optimizers(model)
-    tokens = train.TOTAL_BATCH_SIZE
-    batches = [torch.randint(V, (2, ROWS, T), device=device)] * (tokens // (ROWS * T))
-    for _ in range(2):
-        executed.clear()
-        train.train_step(model, optimizers, batches, 0.0)
+    class Clock(prepare.TrainingClock):
+        """Each step takes the same share of the budget."""
 
-    # What runs outside of compiled code: AdamW reads 4 and writes 3 numbers; a row of the table is gathered (2),
-    # coalesced (2) and stepped (8)
-    dense = sum(weight.numel() for weight in model.parameters()) - model.ngrams.weight.numel()
-    lookups = 2 * tokens * train.MODEL_DIM // 2
-    if "n-grams" in variant or variant == "reference":
-        lookups = 0
-    seconds = {
-        "matrix products": sum(
-            max(flops / MATRIX_SHARE / PEAK_FLOPS, size / MEMORY_SHARE / PEAK_BYTES)
-            for flops, size in executed
-            if flops
-        ),
-        "other kernels": sum(size for flops, size in executed if not flops) / MEMORY_SHARE / PEAK_BYTES,
-        "AdamW and tables": 4 * (7 * dense + 12 * lookups) / MEMORY_SHARE / PEAK_BYTES,
-    }
-    print(f"{variant}: {tokens:,} tokens a step")
-    for part, duration in seconds.items():
-        print(f"  {part:<17} {1000 * duration:6.1f} ms")
+        def watch(self, seconds):
+            pass
 
-    # Attention: 4 FLOPs per pair of tokens and channel forward, 10 backward
-    pairs = sum(min(window, T) * (1 - min(window, T) / (2 * T)) for window in model.windows)
-    for name, share in ATTENTION_SHARES.items():
-        attention = (4 + 10) * train.MODEL_DIM * pairs * tokens / share / PEAK_FLOPS
-        step = sum(seconds.values()) + attention
-        mfu = model.flops_per_token(T) * tokens / step / PEAK_FLOPS
-        print(f"  {'with ' + name:<17} {1000 * attention:6.1f} ms, step {1000 * step:.0f} ms, MFU {100 * mfu:.1f}%")
-    print(f"  memory            {torch.cuda.max_memory_allocated() / 2**30:6.1f} GiB", flush=True)
+        @property
+        def elapsed(self):
+            return len(self.ticks) / (steps + 0.5) * self.benchmark.time_budget
+
+    def evaluate_bpb(model, benchmark, batch_size, clock):
+        # not the clock's elapsed
+        seconds = clock.stopped - clock.started
+        run = {"steps": len(clock.ticks), "step_ms": 1000 * seconds / len(clock.ticks)}
+        run["val_bpb"] = prepare.score(model.eval(), benchmark, batch_size, clock.device)["val_bpb"]
+        print(json.dumps(run))
+        sys.exit()
+
+    # train.py takes these names when it is imported
+    prepare.TrainingClock, prepare.evaluate_bpb = Clock, evaluate_bpb
+    import train
+
+    train.main()
 
 
-def predict_all():
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | build(Path(folder)) | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        for variant in VARIANTS:
-            subprocess.run([sys.executable, __file__, "predict", variant], env=environment, check=True)
+def parse_seeds(text):
+    """1-5, or 1,2,7."""
+    first, _, last = text.partition("-")
+    if last:
+        return range(int(first), int(last) + 1)
+    return [int(seed) for seed in text.split(",")]
 
 
 # --------------------------------------
@@ -349,13 +298,13 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
             main()
-        case ["--gpu"]:
-            predict_all()
+        case ["--steps", steps, "--seeds", seeds, *commits] if commits:
+            compare(int(steps), parse_seeds(seeds), commits)
         case ["--look"]:
             look()
-        case ["predict", variant]:
-            predict(variant)
+        case ["train", steps]:
+            train_steps(int(steps))
         case ["segment", kind]:
             segment(kind == "plain")
         case _:
-            sys.exit("bench.py: takes nothing, --gpu or --look")
+            sys.exit("bench.py: takes nothing, --look, or --steps N --seeds 1-5 COMMIT...")
