@@ -38,7 +38,7 @@ PROCESS_START = time.monotonic()  # before the imports that take seconds, so tha
 import numpy as np
 from filelock import FileLock
 
-from harness import journal
+from harness import journal, pace
 from harness.journal import map_rows, open_rows, rows_served
 
 HOME = find_home()
@@ -65,7 +65,6 @@ from harness.machine import (
     peak_memory_mb,
     refuse_old_gpu,
     repair_compiler,
-    slow_share,
     synchronize,
     why_no_gpu,
 )
@@ -402,6 +401,7 @@ class TrainingClock:
         synchronize(self.device)
         self.watch(self.benchmark.time_budget + HANG_SECONDS)
         self.rows_before = rows_served["train"]
+        self.graphs_before = pace.count_graphs()
         self.started = time.monotonic()
 
     def stop(self):
@@ -411,6 +411,7 @@ class TrainingClock:
             raise RuntimeError("the clock is not running")
         self.stopped = time.monotonic()
         self.rows = rows_served["train"] - self.rows_before
+        self.recompiled = pace.count_graphs() - self.graphs_before
 
     def tick(self, loss=None):
         """Called once a step, with a loss that is at hand as a float: it may be that of an earlier step."""
@@ -427,11 +428,11 @@ class TrainingClock:
 
     @property
     def slow_steps_percent(self):
-        """The share of the time in steps that something else has slowed down. See slow_share."""
+        """The share of the time in steps that something else has slowed down. See pace.slow_share."""
         if len(self.ticks) < 3:
             return 0.0
         seconds, rows = np.diff(np.array(self.ticks), axis=0).T
-        return 100 * slow_share(seconds, rows)
+        return 100 * pace.slow_share(seconds, rows)
 
     @property
     def elapsed(self):
@@ -499,6 +500,8 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         was_training = model.training
         model.eval()  # before clock.check() takes the time: train.py may override eval() and compute in it
         clock.check()
+        pace.report_slow_step(clock)
+        pace.report_recompiling(clock.recompiled)
         journal.refuse_unwritable(benchmark.path)  # it may have gone since
         if benchmark != open_benchmark(benchmark.path) or benchmark != clock.benchmark:
             raise RuntimeError("not scored: the benchmark differs from the one on disk; use load_benchmark()")
@@ -592,6 +595,7 @@ def describe_run(benchmark, clock, scores):
         "training_seconds": round(clock.training_seconds, 3),
         "total_seconds": round(clock.total_seconds, 3),
         "slow_steps_percent": round(clock.slow_steps_percent, 1),
+        "recompiled": clock.recompiled,
         "steps": len(clock.ticks),
         "losses": clock.mean_losses,
         "tokens": clock.rows * benchmark.max_seq_len,

@@ -521,12 +521,12 @@ def build_optimizers(model):
 
 def lr_factor(progress):
     """Constant, then linear down to FINAL_LR_FRAC. No warm-up: every one that was tried hurt."""
-    return FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * min(1.0, (1 - progress) / WARMDOWN_RATIO)
+    return FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * min(1.0, (1 - progress) / max(WARMDOWN_RATIO, 1e-9))
 
 
 def set_schedules(optimizers, progress):
     start, end = MUON_MOMENTUM
-    momentum = start + (end - start) * min(1.0, progress / MOMENTUM_RAMP)
+    momentum = start + (end - start) * min(1.0, progress / max(MOMENTUM_RAMP, 1e-9))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor(progress)
@@ -638,7 +638,6 @@ def main():
         clock.tick(loss_before)
     clock.stop()
     status(f"step {step:05d} | 100% | loss {loss.item():.4f} | done", last=True)
-    runtime.report_slow_step(clock)
 
     val_bpb = evaluate_bpb(model, benchmark, rows, clock)
     flops = sum(model.flops_per_token(T) * count for T, count in tokens.items())

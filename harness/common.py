@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent  # of the repository
 COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # that torch calls, unless $CXX names another
+CRASHED = "crashed: "  # begins the last line of a program that an error has ended
 NOT_RECORDED, DEVICE_TAKEN = 74, 75  # exit codes of a training: no disk for its score (EX_IOERR), its device is taken
 GIT_SECONDS = 20  # for signing and hooks
 
@@ -65,13 +67,29 @@ def run_command(main):
         sys.exit(130)
 
 
-def end_quietly(kind, error, traceback):
-    """Ctrl-C leaves no traceback; Python then ends by the signal, which shells call 130."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
+def end_with_reason(kind, error, trace):
+    """
+    An error ends with its traceback and a last line that says why: torch's messages end with advice, or a table. Ctrl-C
+    leaves no traceback; Python then ends by the signal, which shells call 130.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    sys.__excepthook__(kind, error, trace)
+    lines = [frame.lineno for frame in traceback.extract_tb(trace) if Path(frame.filename).name == "train.py"]
+    lines += re.findall(r'train\.py", line (\d+)', str(error))  # in compiled code
+    print(f"{CRASHED}{cause_of(error)}" + "".join(f", train.py:{line}" for line in lines[-1:]), file=sys.stderr)
 
 
-sys.excepthook = end_quietly  # of all our programs: Ctrl-C may come while they import
+def cause_of(error):
+    """An exception on one line; where torch.compile has wrapped another one, that one."""
+    met = re.search(r"\bgot (\w+)\((['\"])(.*?)\2\)", str(error))
+    if met and type(error).__module__.startswith("torch._dynamo"):
+        return f"{met[1]}: {met[3]}"[:200]
+    error = getattr(error, "inner_exception", error)
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+sys.excepthook = end_with_reason  # of all our programs: Ctrl-C may come while they import
 
 
 def now():

@@ -209,6 +209,8 @@ def time_flags(run):
         found.append(f"scored for {scoring:.0f} s, over a fifth of the budget and 5 s: was the machine busy?")
     if run.get("slow_steps_percent", 0) > SLOW_FLAG:
         found.append(f"{run['slow_steps_percent']:.0f}% of the time in slow steps")
+    if run.get("recompiled"):
+        found.append(f"recompiled {run['recompiled']} times while the clock ran: pass what changes as a tensor")
     return found
 
 

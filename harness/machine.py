@@ -1,5 +1,6 @@
 """This machine: devices and their locks, cores, memory, a kernel that only some GPUs have, and what disturbs a run."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -11,7 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -32,10 +32,9 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 4090": 165.2e12,
 }
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-SLOW_STEP = 1.5  # a step that took longer than this many usual ones was disturbed
-BLOCKS = 8  # parts of a run, by steps, whose medians tell what is usual
+# Files with the quota of a container, microseconds of all cores, and its period: of cgroup v2, and of v1
+CPU_QUOTAS = [["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]]
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 class DeviceTaken(SystemExit):
@@ -138,10 +137,11 @@ def synchronize(device):
 
 
 def device_name(device):
-    """The GPU's name, or what kind of processor this is and how many of its cores this process may use."""
+    """The GPU's name, or what kind of processor this is and on how many of its cores torch computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} x{usable_cores()}"
+    threads = min(torch.get_num_threads(), usable_cores())  # OMP_NUM_THREADS may say less
+    return f"{device.type} {platform.machine()} x{threads}"
 
 
 def peak_memory_mb(device):
@@ -236,30 +236,10 @@ def usable_cores():
     except AttributeError:  # macOS, Windows
         cores = os.cpu_count() or 1
 
-    # cgroup v2, as Docker sets it: microseconds of all cores in a period, or "max" where there is no quota
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        cores = min(cores, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
+    # "max" and -1 are no quota
+    for names in CPU_QUOTAS:
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((CGROUPS / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
-
-
-def slow_share(seconds, rows):
-    """
-    The share of the time in steps that took over SLOW_STEP times the usual seconds per training row.
-
-    The run is cut into blocks. The usual pace at a step is the larger of two: the lowest block median up to its block,
-    and the lowest from its block on. So a slowdown that lasts (a batch ramp, longer rows, a growing model) raises it,
-    and one that passes is flagged. A run that reads rows in bulk is judged by seconds per step.
-    """
-    if not (rows > 0).all():
-        rows = np.ones(len(seconds))
-    pace = seconds / rows
-
-    blocks = np.array_split(pace, max(1, min(BLOCKS, len(pace) // 5)))
-    medians = np.array([np.median(block) for block in blocks])
-    until = np.minimum.accumulate(medians)
-    after = np.minimum.accumulate(medians[::-1])[::-1]
-    usual = np.repeat(np.maximum(until, after), [len(block) for block in blocks])
-    return float(seconds[pace > SLOW_STEP * usual].sum() / seconds.sum())

@@ -82,7 +82,8 @@ class Probe:
         self.noise = self.movement(self.ids)
         if (self.noise > NOISE_LIMIT).float().mean() > NOISY_POSITIONS:
             raise RuntimeError(
-                "not scored: the model gives two answers to the same input: is dropout on, or does it draw at random?"
+                "not scored: the model gives two answers to the same input: is dropout on, does it draw at random, or "
+                "change from call to call?"
             )
         if self.B == 1:
             return

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -33,11 +32,6 @@ from harness.machine import (
 
 # What drivers and allocators say when memory runs out
 OUT_OF_MEMORY = re.compile("(of|enough|allocate) memory|ALLOC_FAILED|MemoryError")
-
-# report_slow_step() warns of a lone slow step. More of them mean a busy machine: see slow_steps_percent
-LONG_STEP = 10  # medians, at least
-LONG_SHARE = 0.02  # of the run's seconds, at least
-LONE_STEPS = 3  # slow steps in a run, at most
 
 FLASH_ERROR = 0.02  # of the norm of attention or of a gradient: rounding in bfloat16 stays below
 
@@ -206,18 +200,6 @@ def compare(faster, setup, head_dim, query_group):
 
 # --------------------------------------
 # Results
-
-
-def report_slow_step(clock):
-    """Print a line for a step that took far longer than all others."""
-    seconds = np.diff([0.0, *(elapsed for elapsed, _ in clock.ticks)])
-    if len(seconds) < 2 * LONE_STEPS:
-        return
-    usual = np.median(seconds)
-    longest = seconds.argmax()
-    alone = (seconds > LONG_STEP * usual).sum() <= LONE_STEPS  # more of them: something disturbs the run
-    if alone and seconds[longest] > max(LONG_STEP * usual, LONG_SHARE * seconds.sum()):
-        print(f"step {longest + 1} took {seconds[longest]:.1f} s, the usual {usual:.2g} s: recompiled, or a busy CPU?")
 
 
 def free_memory():

@@ -11,7 +11,7 @@ import signal
 from datetime import datetime
 from pathlib import Path
 
-from harness.common import NOT_RECORDED, git, now, printable, resolve
+from harness.common import CRASHED, NOT_RECORDED, git, now, printable, resolve
 from harness.journal import SLOW_FLAG
 from night import rules
 from night.record import append, read_jobs
@@ -119,7 +119,9 @@ def scored_lines(state, scored, night):
         reason = f"on {scored['device']}, the night is on {night.device}"
         return [line | {"state": "elsewhere", "reason": reason}]
 
-    # what was disturbed: this run, or earlier ones
+    # what was disturbed, this run or earlier ones; where the compiler was at work, that is no disturbance
+    if scored.get("recompiled"):
+        return [line]
     slow, steps = scored["slow_steps_percent"], scored["steps"]
     if slow > SLOW_FLAG:
         return [disturbed(line, f"{slow:.0f}% of the time in slow steps", night)]
@@ -194,11 +196,9 @@ def find_reason(log, code):
         path, number, function = own[0]
         return printable(f"hung in {function}, {Path(path).name}:{number}", 200)
 
-    # of a chain the exception that came last; torch.compile's has the cause first, and advice at its end
-    chain = re.findall(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(\S.*)", log, re.M)
-    if chain and code == 1:
-        is_compiler = chain[-1].startswith(("torch._dynamo", "torch._inductor"))
-        return printable(chain[0] if is_compiler else chain[-1], 200)
+    crashed = re.findall(f"^{CRASHED}(.*)", log, re.M)
+    if crashed and code == 1:
+        return printable(crashed[-1], 200)
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     return printable(f"exit code {code}: {last_line(log)}", 200)

@@ -15,6 +15,7 @@ from conftest import CPU, ROOT, score
 
 import prepare
 from harness import runtime
+from harness.journal import read_journal
 
 SIZES = dict(DEPTH=3, MODEL_DIM=64, HEAD_DIM=16, GATE_CHANNELS=16, NGRAM_ROWS=2**10, TOTAL_BATCH_SIZE=2**10)
 SIZES |= dict(COMPILE=False, POINTER=True, LOGIT_CAP=None)
@@ -261,6 +262,25 @@ def test_a_ramp_compiles_before_the_clock_starts_and_is_counted_as_it_is(benchma
     flops = sum(shape.numel() * model.flops_per_token(shape[1]) for shape in shapes)
     assert summary["total_tokens_M"] == f"{sum(map(torch.Size.numel, shapes)) / 1e6:.1f}"
     assert summary["mfu_percent"] == f"{100 * flops / (60 / 20.5) / 1e6:.2f}"
+
+
+CHANGING = [(r"^        x = r \* x", "        x = 1.0 * self.share * r * x")]
+SHARE = """
+def set_schedules(optimizers, progress, before=set_schedules):
+    before(optimizers, progress)
+    Block.share = {}
+Block.share = 1.0
+"""
+
+
+@pytest.mark.parametrize("share, count", [("1.0 + round(progress * 4)", 4), ("torch.tensor(1.0 + progress)", 0)])
+def test_what_recompiles_while_the_clock_runs_is_named(share, count, own, eager_backend, capsys):
+    """A number of Python's that follows progress; as a tensor it recompiles nothing."""
+    module = edited(SHARE.format(share), CHANGING, COMPILE=True, DEPTH=1)
+    module.main()
+    said = re.findall(r"^recompiled (\d+) times .*", capsys.readouterr().out, re.M)
+    assert [int(times) for times in said] == [count] * bool(count)
+    assert read_journal(own.path)[-1]["recompiled"] == count
 
 
 def test_a_copy_is_compiled_as_its_original(benchmark, eager_backend):

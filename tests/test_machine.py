@@ -156,15 +156,27 @@ def test_where_others_cannot_be_seen_only_runs_of_this_home_are_kept_apart(tmp_p
     lock.release()
 
 
-@pytest.mark.parametrize(
-    ("affinity", "quota", "cores"),
-    [(8, None, 8), (8, "max 100000", 8), (8, "200000 100000", 2), (2, "800000 100000", 2), (8, "50000 100000", 1)],
-)
-def test_cores_that_this_process_may_use(tmp_path, monkeypatch, affinity, quota, cores):
-    """Of taskset or a container: a score of fewer cores must not be called one of the whole machine."""
+CORES = {  # of the affinity, quota (of cgroup v2, or the two files of v1), threads of torch -> in the device's name
+    "no limit": (8, "", 8, 8),
+    "no quota": (8, "max 100000", 8, 8),
+    "a quota": (8, "200000 100000", 8, 2),
+    "taskset": (2, "800000 100000", 8, 2),
+    "half a core": (8, "50000 100000", 8, 1),
+    "a quota of v1": (8, "200000\n100000", 8, 2),
+    "no quota of v1": (8, "-1\n100000", 8, 8),
+    "OMP_NUM_THREADS": (8, "max 100000", 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_cores_that_this_process_may_use(name, tmp_path, monkeypatch):
+    """A score of fewer cores must not be called one of the whole machine."""
+    affinity, quota, threads, cores = CORES[name]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
-    monkeypatch.setattr(machine, "CPU_QUOTA", tmp_path / "cpu.max")
-    if quota:
-        (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert machine.usable_cores() == cores
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    files = machine.CPU_QUOTAS["\n" in quota]
+    for file, text in zip(files, quota.splitlines(), strict=False):
+        (tmp_path / file).write_text(text + "\n")
     assert prepare.device_name(CPU).endswith(f" x{cores}")

@@ -20,7 +20,7 @@ from conftest import CPU, run, write_files
 
 import prepare
 import train
-from harness import machine, runtime
+from harness import machine, pace, runtime
 from harness.journal import read_journal
 
 SIZES = dict(DEPTH=5, MODEL_DIM=64, HEAD_DIM=32, GATE_CHANNELS=16, NGRAM_ROWS=2**12, TOTAL_BATCH_SIZE=2048)
@@ -446,7 +446,7 @@ TICKS = {  # seconds of the steps, and what is said of them
 @pytest.mark.parametrize("kind", TICKS)
 def test_a_step_that_took_far_longer_than_all_others_is_named(capsys, kind):
     seconds, line = TICKS[kind]
-    runtime.report_slow_step(types.SimpleNamespace(ticks=[(elapsed, 0) for elapsed in itertools.accumulate(seconds)]))
+    pace.report_slow_step(types.SimpleNamespace(ticks=[(elapsed, 0) for elapsed in itertools.accumulate(seconds)]))
     assert capsys.readouterr().out == line
 
 

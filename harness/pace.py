@@ -1,0 +1,68 @@
+"""Whether something made a run slower than its train.py is: a busy machine, or the compiler at work meanwhile."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+SLOW_STEP = 1.5  # a step that took longer than this many usual ones was disturbed
+BLOCKS = 8  # parts of a run, by steps, whose medians tell what is usual
+
+# report_slow_step() warns of a lone slow step. More of them mean a busy machine: see slow_steps_percent
+LONG_STEP = 10  # medians, at least
+LONG_SHARE = 0.02  # of the run's seconds, at least
+LONE_STEPS = 3  # slow steps in a run, at most
+
+
+def slow_share(seconds, rows):
+    """
+    The share of the time in steps that took over SLOW_STEP times the usual seconds per training row.
+
+    The run is cut into blocks. What is usual in block b is max(min(medians[:b + 1]), min(medians[b:])): a slowdown that
+    lasts (a batch ramp, longer rows, a growing model) raises it, one that passes does not. A run that reads its rows in
+    bulk is judged by seconds per step.
+    """
+    if not (rows > 0).all():
+        rows = np.ones(len(seconds))
+    pace = seconds / rows
+
+    blocks = np.array_split(pace, max(1, min(BLOCKS, len(pace) // 5)))
+    medians = np.array([np.median(block) for block in blocks])
+    until = np.minimum.accumulate(medians)
+    after = np.minimum.accumulate(medians[::-1])[::-1]
+    usual = np.repeat(np.maximum(until, after), [len(block) for block in blocks])
+    return float(seconds[pace > SLOW_STEP * usual].sum() / seconds.sum())
+
+
+def report_slow_step(clock):
+    """Print a line for a step that took far longer than all others."""
+    seconds = np.diff([0.0, *(elapsed for elapsed, _ in clock.ticks)])
+    if len(seconds) < 2 * LONE_STEPS:
+        return
+    usual = np.median(seconds)
+    longest = seconds.argmax()
+    alone = (seconds > LONG_STEP * usual).sum() <= LONE_STEPS  # more of them: something disturbs the run
+    if alone and seconds[longest] > max(LONG_STEP * usual, LONG_SHARE * seconds.sum()):
+        print(f"step {longest + 1} took {seconds[longest]:.1f} s, the usual {usual:.2g} s: recompiled, or a busy CPU?")
+
+
+def count_graphs():
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return 0
+    return dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def report_recompiling(count):
+    """Print how many graphs were compiled while the clock ran; of the last, its function and the guard that failed."""
+    if count == 0:
+        return
+    events = sys.modules["torch._dynamo"].utils.get_compilation_metrics()
+    last = [event for event in events if event.co_name][-1]  # those of a backward have no name
+    place = f"{last.co_name}() at {Path(last.co_filename).name}:{last.co_firstlineno}"
+
+    # "0/1: self.cap == 14.0   # def forward(self, x): ..."
+    guard = (last.recompile_reason or "").partition("#")[0].partition(": ")[2].strip()
+    why = f", as no longer {guard}" if guard else ", for the first time"
+    print(f"recompiled {count} times while the clock ran, last {place}{why}: pass what changes as a tensor")
