@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SYNC, WEAK, Agent, Ray, new_repository, replace, wait_for, weaken
+from scripted_model import ScriptedModel
 from test_ledger import CLIENTS, write_settings
 
 import prepare
 from harness.journal import read_journal
-from tools.scripted_model import ScriptedModel
 
 BIN = ROOT / ".clients" / "node_modules" / ".bin"
 COMMANDS = {"claude": ["claude", "-p"], "codex": ["codex", "exec", "--trust"]}

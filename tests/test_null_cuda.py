@@ -1,9 +1,10 @@
 """
-Finds what the GPU configuration of train.py does wrong from start to score, on cards that aren't there
-(tools/null_cuda.py): what does not fit in their memory, a tensor on the wrong device or of the wrong type. Compiled,
-with `-m long`, it takes minutes.
+Checks that the GPU configuration of train.py gets from start to score on cards that aren't there (null_cuda.py): it
+fits in their memory, and each tensor is on the right device and of the right type. Compiled, with `-m long`, it takes
+minutes.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -11,9 +12,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TEXT, copy_harness, replace, run
+from null_cuda import CARDS, build
 
 import prepare
-from tools.null_cuda import CARDS, build
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("gcc") or not torch.version.cuda,
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 CLIMBMIX = ["--seq-len", "2048", "--vocab-size", "8192", "--val-rows", "16", "--holdout-rows", "4"]
 DRIVER = """
 import os, train
-from tools.null_cuda import forgive_values
+from null_cuda import forgive_values
 forgive_values()
 train.COMPILE = os.environ["COMPILED"] == "1"
 train.main()
@@ -44,7 +45,7 @@ def card_folder(climbmix, tmp_path):
 
 
 def run_on(card, card_folder, compiled=False):
-    environment = build(card_folder, card) | {"PYTHONPATH": str(ROOT), "COMPILED": str(int(compiled))}
+    environment = build(card_folder, card) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COMPILED": str(int(compiled))}
     return run("-c", DRIVER, cwd=card_folder, **environment)
 
 
@@ -85,3 +86,15 @@ def test_the_null_gpu_sees_a_bug(card_folder, bug):
     replace(card_folder / file, edit)
     process = run_on("H100", card_folder)
     assert process.returncode == 1 and "val_bpb" not in process.stdout and "Error" in process.stderr
+
+
+@pytest.mark.long
+def test_the_first_hour(card_folder):
+    """tools/gpu.py to its end: train.py is refused for its values, a file that forgives them is scored."""
+    path = card_folder / "forgiving.py"
+    path.write_text("from null_cuda import forgive_values\nforgive_values()\n" + (ROOT / "train.py").read_text())
+    environment = build(card_folder) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = run("tools/gpu.py", str(path), "--seconds=2", "--seeds=1", f"--out={card_folder}", **environment)
+    results = [json.loads(line) for line in (card_folder / "gpu.jsonl").read_text().splitlines()]
+    assert [result["name"] for result in results] == ["train.py", "train.py", str(path)], process.stderr
+    assert "not finite" in results[0]["error"][0] and float(results[2]["val_bpb"]) > 0

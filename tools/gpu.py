@@ -1,13 +1,12 @@
 """
-What a GPU makes of train.py, in less than ten minutes a call:
+The first hour on a GPU: does train.py start there, how fast is it, and what do its variants score?
 
-    uv run python tools/gpu.py                       # does it start, how fast; then all variants, while time is left
-    uv run python tools/gpu.py ours mar8 other.py    # these variants; a file stands for itself
-    uv run python tools/gpu.py --seconds 300 ours    # longer runs
-    uv run python tools/gpu.py --null --seconds 2    # no GPU: a smoke test on one that isn't there (null_cuda.py)
+    uv run python tools/gpu.py                             # all variants, while time is left
+    uv run python tools/gpu.py train.py pointer other.py   # these; a file stands for itself
+    uv run python tools/gpu.py --seconds 300 train.py      # longer runs
 
-Variants take turns, seed by seed. A result is a line of gpu.jsonl in the folder --out, and a later call goes on from
-there. The text is `local` in the shape of climbmix, because a lent machine has no network.
+A call takes less than ten minutes. Variants take turns, seed by seed. A result is a line of gpu.jsonl in the folder
+--out, and a later call goes on from there. The text is `local` in the shape of climbmix: no network is needed.
 """
 
 import argparse
@@ -24,12 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.bench import LATE_NORM, PLAIN
-
 SHAPE = ["--dataset", "local", "--seq-len", "2048", "--vocab-size", "8192"]
-SCORED = ["--val-rows", "1024", "--holdout-rows", "256"]
-SCORED_ON_NULL = ["--val-rows", "16", "--holdout-rows", "4"]
-PREDICTED = {"step_ms": 240, "memory_gib": 69}  # of an H100 with flash3, by tools/bench.py --gpu
+SHAPE += ["--val-rows", "1024", "--holdout-rows", "256"]
 OVERHEAD = 60  # seconds that a run takes beside its training, until one has been seen
 SMOKE_SECONDS = 20  # of the first two runs, cold and warm
 REPORTS = "attention:.*not used|COMPILE:|DEVICE_BATCH|step .*usual"  # lines of a log that are shown
@@ -38,17 +33,16 @@ REPORTS = "attention:.*not used|COMPILE:|DEVICE_BATCH|step .*usual"  # lines of 
 SMALL_BATCH = dict(TOTAL_BATCH_SIZE=2**17, MATRIX_LR=0.02, EMBEDDING_LR=0.7, UNEMBEDDING_LR=0.008)
 SMALL_BATCH |= dict(ADAM_BETAS=(0.8, 0.98), MUON_BETA2=0.85, WARMDOWN_RATIO=0.9, FINAL_LR_FRAC=0.02)
 
-VARIANTS = {  # edits of train.py's text, and constants
-    "ours": ([], {}),
-    "mar8": ([*PLAIN, *LATE_NORM], {}),
-    "no n-grams": (PLAIN[:2], {}),
+NO_NGRAMS = [("self.ngrams(hash_ngrams(inputs))", "None"), ("self.wte(inputs) + ngrams.flatten(2)", "self.wte(inputs)")]
+VARIANTS = {  # of train.py: edits of its text, and constants
+    "no n-grams": (NO_NGRAMS, {}),
     "pointer": ([], dict(POINTER=True)),
     "batch 2^17": ([], SMALL_BATCH),
 }
 
 
 def load_variant(name):
-    """train.py as a module, or the file of that name, with the edits and constants of a variant."""
+    """A file as a module; or train.py, with the edits and constants of a variant."""
     edits, constants = VARIANTS.get(name, ([], {}))
     path = Path(name) if name.endswith(".py") else ROOT / "train.py"
     source = path.read_text()
@@ -64,10 +58,6 @@ def load_variant(name):
 
 def run_variant(name):
     """In a process of its own: train and score; the summary as the last line, in JSON."""
-    if os.environ.get("NULL_GPU"):
-        from tools.null_cuda import forgive_values
-
-        forgive_values()
     summary = load_variant(name).main()
     print(json.dumps(summary, default=str))
 
@@ -156,12 +146,11 @@ def parse_arguments():
     add("--seeds", type=int, default=3, help="rounds")
     add("--minutes", type=float, default=9.5, help="of this call")
     add("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder of gpu.jsonl")
-    add("--null", action="store_true", help="on the null GPU")
     add("--run", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.variants:
         if name not in VARIANTS and not name.endswith(".py"):
-            parser.error(f"no variant {name}; there are {', '.join(VARIANTS)}")
+            parser.error(f"no variant {name}; there are {', '.join(VARIANTS)}, and files")
     return options
 
 
@@ -175,27 +164,20 @@ def main():
     # the benchmark and compiled code are new, unless a home is set
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"AUTORESEARCH_HOME": os.environ.get("AUTORESEARCH_HOME", f"{folder}/home")}
-        scored = SCORED
-        if options.null:
-            from tools.null_cuda import build
-
-            environment |= build(Path(folder)) | {"NULL_GPU": "1"}
-            scored = SCORED_ON_NULL
-        elif not torch.cuda.is_available():
-            sys.exit("gpu.py: needs a GPU; --null runs on one that isn't there")
+        if not torch.cuda.is_available():
+            sys.exit("gpu.py: needs a GPU")
         session = Session(options.out, options.minutes, environment)
-        print(f"predicted for an H100: step {PREDICTED['step_ms']} ms, {PREDICTED['memory_gib']} GiB")
 
         # Does it start, and what does that take, before anything is compiled and again
         short = min(SMOKE_SECONDS, options.seconds)
-        session.prepare([*SHAPE, *scored], short)
+        session.prepare(SHAPE, short)
         for kind in ("cold", "warm"):
-            session.run("ours", 1, short, kind)
-        session.prepare([*SHAPE, *scored], options.seconds)
+            session.run("train.py", 1, short, kind)
+        session.prepare(SHAPE, options.seconds)
 
         # in turns, so that a machine that slows down slows all of them
         for seed in range(1, options.seeds + 1):
-            for name in options.variants or VARIANTS:
+            for name in options.variants or ["train.py", *VARIANTS]:
                 session.run(name, seed, options.seconds)
 
     print(f"\nAll results in {session.path}:")
