@@ -44,7 +44,7 @@ from harness.journal import map_rows, open_rows, rows_served
 HOME = find_home()
 
 # torch reads these when it is imported, by us or by harness/. Inductor keeps what it compiles for later runs, but can't
-# compile in a path with a space: it uses its own folder then. It also asks for the user's name, and fails without one
+# compile in a path with a space: it uses its own folder then. It calls getpass.getuser(), which fails without a name
 if " " not in str(HOME):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "compiled"))
 try:
@@ -179,7 +179,7 @@ class TooSmall(Exception):
 
 def build_climbmix(settings, num_shards):
     """
-    One shard is the validation text: the order is [val, holdout] in one stream of its rows, and train from the others.
+    One shard is the validation text: its first rows are val, the next ones holdout. train comes from the other shards.
 
     Returns (tokenizer, val rows, holdout rows, training rows), the last one an iterator.
     """
@@ -322,8 +322,8 @@ def make_dataloader(benchmark, split, batch_size, device):
     Endless batches of "train": (inputs, targets, epoch), int64 [B, T] on `device`, targets one token ahead.
 
     Rows come in an order shuffled per epoch by the benchmark's seed; epochs count from 1. The next batch is read in a
-    thread meanwhile. On CUDA it waits in pinned memory of its own, which torch does not hand out again before the copy
-    from it is done. Raises ValueError for another split or a batch size below 1.
+    thread meanwhile. On CUDA each batch is pinned anew: torch reuses that memory only after the copy from it is
+    done. Raises ValueError for another split or a batch size below 1.
     """
     if split != "train":
         raise ValueError(f'no dataloader for "{split}": a run learns from "train" alone')
@@ -414,7 +414,7 @@ class TrainingClock:
         self.recompiled = pace.count_graphs() - self.graphs_before
 
     def tick(self, loss=None):
-        """Called once a step, with a loss that is at hand as a float: it may be that of an earlier step."""
+        """Called once a step, for its pace, with a loss that is at hand as a float, which may be of an earlier step."""
         self.ticks.append((self.elapsed, rows_served["train"]))
         if loss is not None:
             self.losses[min(int(self.progress * TENTHS), TENTHS - 1)].append(float(loss))

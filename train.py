@@ -58,8 +58,8 @@ MUON_BETA2 = 0.95
 MUON_MOMENTUM = (0.85, 0.95)  # at the start, and from MOMENTUM_RAMP on
 WARMDOWN_RATIO = 0.75  # last share of the run, over which the rates fall ...
 FINAL_LR_FRAC = 0.05  # ... to this share of themselves; those of n-grams end higher
-NGRAM_FADE = 0.4  # the rate of a row of n-grams falls as others do, but by no more than this share ...
-NGRAM_FADE_USES = 16  # ... times n / (n + NGRAM_FADE_USES), where n counts the updates of the row
+NGRAM_FADE = 0.4  # the rate of an n-gram row falls as all do, but not below 1 - NGRAM_FADE * n / (n + NGRAM_FADE_USES)
+NGRAM_FADE_USES = 16  # where n counts the updates of the row
 
 # Sizes, and what pays on one kind of machine only
 if GPU:
@@ -114,7 +114,7 @@ class GPT(nn.Module):
         self.setup = setup
         self.windows = window_sizes(max_seq_len)
         self.embed = Embed(vocab_size, setup.dtype)
-        # Sparse: only rows that were used have gradients (clip_grad_norm_ takes all but these). Untried on MPS
+        # Sparse: only rows that were used have gradients; clip_grad_norm_ fails on these. Untried on MPS
         self.ngrams = nn.Embedding(NGRAM_ROWS, MODEL_DIM // 2, sparse=not torch.backends.mps.is_available())
         nn.init.zeros_(self.ngrams.weight)
         self.blocks = nn.ModuleList(
@@ -136,14 +136,14 @@ class GPT(nn.Module):
         """Logits, float32 [B, T, V], of token ids [B, T]; with `targets` [B, T] the mean loss in nats instead."""
         cos_sin = self.cos[:, : inputs.size(1)], self.sin[:, : inputs.size(1)]
         x = self.embed(inputs, self.ngrams(hash_ngrams(inputs)))
-        x0 = x.view_as(x)  # not x itself: the first block would be one more to compile
+        x0 = x.view_as(x)  # a view, so that block 1 has the same graph as the others
         for block, r, z in zip(self.blocks, self.resid_lambdas, self.x0_lambdas, strict=True):
             x = block(x, x0, r, z, inputs, cos_sin)
         return self.head(x, inputs, targets)
 
     def compile_parts(self):
         """Part by part: blocks of one shape share their code, which takes a fraction of the time."""
-        # Modules, not bound methods: a deep copy would go on calling the original's, with the original's weights
+        # Modules, not bound methods: a copied bound method still uses the original's weights
         if self.setup.compiled:
             torch._dynamo.config.recompile_limit = 64  # one for every kind of block
             for part in (self.embed, *self.blocks, self.head):
@@ -205,7 +205,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Half the heads (3 of 5) have the keys of the token before, so that they find what followed."""
+    """Half the heads (3 of 5) use the previous token's key, so that a match points at the token that followed it."""
 
     def __init__(self, layer, window, attention, vocab_size):
         super().__init__()
@@ -439,7 +439,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class RowwiseRMSprop(torch.optim.Optimizer):
-    """RMSprop (Hinton 2012) on rows that have a gradient, one mean square per row. Rates end as NGRAM_FADE says."""
+    """RMSprop (Hinton 2012) on rows that have a gradient, one mean square per row. NGRAM_FADE sets the final rate."""
 
     @torch.no_grad()
     def step(self):
@@ -481,7 +481,7 @@ def kind_of(weight, module, model):
 
 
 def build_optimizers(model):
-    """Every parameter that trains in one group; else SystemExit, naming it. A tied weight counts where it is first."""
+    """Every parameter that trains in one group; else SystemExit, naming it. A tied weight is its first module's."""
     members, matrices = defaultdict(list), defaultdict(list)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -516,7 +516,8 @@ def build_optimizers(model):
 
 
 # --------------------------------------
-# Schedules: functions of progress, the share of the budget that is used, so that they fit any machine
+# Schedules: functions of progress, the share of the budget that is used, so that they fit any machine. One that changes
+# the model must set a tensor, an argument or a buffer: a Python number recompiles its part at each change
 
 
 def lr_factor(progress):
@@ -556,7 +557,7 @@ def build_model(benchmark, setup):
 
 
 def rehearse(benchmark, setup, shapes, accumulation):
-    """Compile, and fill the memory with a throwaway model: two steps per shape (rows, T), scoring in the first one."""
+    """Compile, and fill the memory with a throwaway model: two steps per shape (rows, T), then scoring in the first."""
     model = build_model(benchmark, setup)
     optimizers = build_optimizers(model)
     for shape in shapes:

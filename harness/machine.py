@@ -180,7 +180,7 @@ def repair_compiler():
     from torch._inductor.cpp_builder import BuildOptionsBase
     from torch._inductor.cpu_vec_isa import VecISA
 
-    # it compiles a trial program for every instruction set, 5 s each; what the processor lists, it has
+    # trust the processor's flags: torch would compile a program for each instruction set, 5 s each
     def check_build(isa, code):
         return True
 

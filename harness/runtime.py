@@ -126,7 +126,7 @@ def missing_tool():
 
 
 def report_trial(model):
-    """After trial steps: what they have not reached, and where the compiler had to give up."""
+    """After trial steps: print the parameters without a gradient, and the graph breaks."""
     # Experts that no token has chosen so far are among them
     for name, weight in model.named_parameters():
         if weight.requires_grad and weight.grad is None:

@@ -29,7 +29,7 @@ DEFAULT_TEXT = {
 
 
 class Search:
-    """Looks for text files under folders. Remembers how each looked, and what was left out."""
+    """Looks for text files under folders. Remembers the size and mtime of each, and what was left out."""
 
     def __init__(self, is_default):
         self.is_default = is_default

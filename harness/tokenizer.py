@@ -16,7 +16,7 @@ SPLIT_PATTERN = (
 )
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # after the merges; the first is BOS
 
-# What it is trained on: the first so many characters of the text, and of each document
+# It is trained on at most TRAINING_CHARACTERS of the text, at most DOCUMENT_CHARACTERS of a document
 TRAINING_CHARACTERS = 1_000_000_000
 DOCUMENT_CHARACTERS = 10_000
 

@@ -93,7 +93,7 @@ def print_frontier(night):
     pools = find_pools(night, others)
     best = sorted((pool.mean, train) for train, pool in pools.items() if pool.keeps)[:BEST]
 
-    # what was tried here is decided here
+    # not what this agent has tried itself
     tried = {run.train for run in night.runs.values()} | {resolve("HEAD:train.py")}
     ahead = []
     print(f"frontier: the best that anybody kept on {night.benchmark}, {night.device}")
@@ -173,7 +173,7 @@ def adopt(name):
     if train == resolve("HEAD:train.py"):
         raise SystemExit(f"{name} has the same train.py as HEAD")
 
-    # what all its runs that compare promise
+    # the mean over all its runs that compare
     pool = find_pools(night, others).get(train)
     gain = "unknown"
     if pool and not math.isnan(bar(night)):
