@@ -1,6 +1,6 @@
 """
-Finds edits of train.py, as an agent makes them, that do not train all that they add, compile while the clock runs, are
-counted wrong, or are scored with other weights than they trained.
+Checks that edits of train.py, as an agent makes them, train all that they add, compile before the clock runs, are
+counted right, and are scored with the weights that they trained.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """
-What breaks in a night: a full disk, a kill, two at once. Finds a score lost without a word, a half that is taken for
-whole, and locks, processes and files that are left behind.
+Checks that a full disk, a home that goes away, a kill, and two at once lose no score without a word, that no half is
+taken for whole, and that no lock, process or file is left behind.
 """
 
 import contextlib

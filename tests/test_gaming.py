@@ -1,6 +1,6 @@
 """
-Ways to a better number without a better model. Finds a probe that misses a leak or refuses an honest model, invalid
-logits and unfair runs that are scored, and an audit that is silent or wrong.
+Checks that ways to a better number without a better model are refused, or shown by the audit: leaks, invalid logits,
+unfair runs; and that honest models are scored.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """
-Checks what loses, doubles, mixes up or believes too much of what agents share through swarm/hub.py, on a real bare
-repository. Their scores are made up: nothing trains here.
+Checks that what agents share through swarm/hub.py is not lost, doubled or mixed up, and not believed too much, on a
+real bare repository. Their scores are made up: nothing trains here.
 """
 
 import json

@@ -1,6 +1,6 @@
 """
-Defects of ledger.py in a real repository: a start that lets through what ends a night, a record that is lost or
-misread, a row or decision that is wrong, nights that meet, a loop that stops or spins. Nothing trains.
+Checks ledger.py in a real repository: what `start` refuses, that no record is lost or misread, rows and decisions,
+nights side by side, and the loop's end. Nothing trains.
 """
 
 import itertools

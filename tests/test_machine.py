@@ -1,6 +1,6 @@
 """
-Finds what fails on an unusual machine: homes, users, cores, paths with spaces, file systems without locks; and imports
-that do more than import.
+Checks unusual machines: homes, users, cores, paths with spaces, file systems without locks; and that to import is only
+to import.
 """
 
 import errno

@@ -1,6 +1,6 @@
 """
-Defects of analysis.ipynb: a night that it cannot show, a gain or verdict that is wrong, a disagreement of record and
-journal that it misses, a picture that cannot be read. Its cells run in this process, and once as a notebook.
+Checks that analysis.ipynb shows any night, with the ledger's gains and verdicts, names what record and journal disagree
+on, and draws pictures that can be read. Its cells run in this process, and once as a notebook.
 """
 
 import json

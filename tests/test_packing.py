@@ -1,4 +1,4 @@
-"""Packing against a brute-force scan: finds another choice of documents, tokens that are lost, and other look-ahead."""
+"""Checks packing against a brute-force scan: the choice of documents, every token, and how far it looks ahead."""
 
 import itertools
 from operator import length_hint

@@ -1,6 +1,6 @@
 """
-Preparing a benchmark as a user does. Finds scored text in training, other rows than the reference's, bad input that is
-taken, and damage that is not seen, not mended, or executed.
+Checks how a benchmark is prepared: no scored text is in training, rows are those of the reference project's packer, bad
+input is refused in a line, and damage is seen, mended and never executed.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """
-Finds a loader that skips or repeats rows, a clock that gives seconds away, a score that is not bits per byte, and a
-journal that loses runs or what they were.
+Checks that the loader neither skips nor repeats rows, the clock counts every second, the score is the bits per byte of
+a brute-force sum, and the journal has every run.
 """
 
 import faulthandler

@@ -1,6 +1,6 @@
 """
-Where documents come from. Finds text that is lost, changed or read twice without a word, groups that differ from run to
-run, a traceback where one line belongs, and downloads that trust a bad file, leak a token or don't end.
+Checks where documents come from: no text is lost, changed or read twice without a word, groups are the same each time,
+bad input gets one line, and downloads trust no bad file, leak no token and end.
 """
 
 import bz2

@@ -1,4 +1,4 @@
-"""Finds text that the tokenizer loses or miscounts, and a tokenizer that depends on anything but its text."""
+"""Checks that the tokenizer loses and miscounts no text, and depends on nothing but the text that it was trained on."""
 
 import pytest
 from conftest import TEXT

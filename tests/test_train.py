@@ -1,6 +1,6 @@
 """
-Finds layers, optimizers and schedules of train.py that differ from a plain reference, and runs that fall back, stop or
-report other than harness/runtime.py says.
+Checks layers and optimizers of train.py against plain references (naive attention, torch's AdamW, one matrix at a
+time), and that runs fall back, stop and report as harness/runtime.py says.
 """
 
 import functools

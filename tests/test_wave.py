@@ -1,6 +1,6 @@
 """
-Checks what sends, judges, repeats or loses the trainings of a wave: one story on a real Ray cluster of two nodes, the
-rest without Ray.
+Checks that the trainings of a wave are sent, judged and recorded once each: one story on a real Ray cluster of two
+nodes, the rest without Ray.
 """
 
 import json
