@@ -10,9 +10,9 @@ The commands of a night: what has run, what it is worth, and what comes next.
 
 Nothing heavy is imported, so it may run beside a training.
 
-Sections: Night, Status, Run, Keep and discard, Start and until, Open, Command line. In night/: state.py is a night as a
-look sees it, record.py reads and writes its record, rules.py decides, steps.py says what comes next, runner.py trains,
-ends.py judges how that ended, view.py writes results.tsv, checks.py looks for problems.
+Sections: Night, Status, Run, Keep and discard, Start and until, Open, Command line. In night/: state.py holds a night,
+record.py reads and writes its record, rules.py decides, steps.py says what comes next, runner.py trains, ends.py judges
+how a run ended, view.py writes results.tsv, checks.py and clients.py look for problems before the night.
 """
 
 import itertools
@@ -45,8 +45,8 @@ IDEAS = "# Ideas\n\n## From the human\n\n## Backlog\n\n## What each try taught\n
 
 def load():
     """
-    The night that is checked out, with all that is over settled and results.tsv up to date: (night, its place, its
-    lines of the journal, sentences on what to look at). Raises NoNight.
+    Settle the runs that have ended and bring results.tsv up to date. Returns (night, folder of its record, the lines of
+    its benchmark's journal that name a commit, warnings as sentences). Raises NoNight if no night is checked out.
     """
     with recording(find_tag()) as (night, place):
         # asked before the journal is read: a run that ends in between is settled by the next look
@@ -202,13 +202,13 @@ def none_if_nan(value):
 
 def run():
     """
-    Train what comes next, or wait for the run that goes on; then print how it ended, and what comes next. Where nothing
-    is to run, because it has run already, this says how that ended.
+    Train what comes next, or wait for the run that goes on; then print how the run ended, and what comes next. If there
+    is nothing to train, print the last run again.
     """
     night, place, _, _ = load()
     step = next_step(night)
 
-    # what has run already is said again: the client may have lost the answer
+    # the last branch prints the last run again: the client may have lost the first answer
     if step.kind == "run" and night.on_cluster:
         raise SystemExit(f"nothing is run here: this night trains on a cluster; next: {step.command}")
     if step.kind == "run":
@@ -276,7 +276,7 @@ def print_run(run, night, journal, log):
     """A run that is over: its score and gain, its curve beside that of the last keep, and what asks for a look."""
     print(f"run:  {short(run.commit)} {run_in_words(run, night)}")
 
-    # beside the curve of the last keep; where it has become that, of the one before
+    # this run's losses, then those of the last keep; if this commit is the last keep now, those of the keep before
     if run.losses:
         print(f"loss by tenths: {as_curve(run.losses)}")
     keep = night.last_keep
@@ -314,7 +314,7 @@ def decide(decision):
     if night.last_keep not in night.line and decision == "keep":
         raise SystemExit(f"not kept: {next_step(night).reason}; next: {next_step(night).command}")
 
-    # a decision of hand, which the rule never overrules
+    # a decision by hand: the rule overrules only `simpler`
     gains = gains_of(night.head, night)
     values = {"commit": night.head, "decision": decision, "by": "hand", "reason": "by hand"}
     if decision == "keep":
@@ -353,11 +353,11 @@ def start(tag, until):
     words = {"kind": "start", "time": now(), "tag": tag, "until": until, "benchmark": benchmark, "device": device}
     checks.first_commit(tag, json.dumps(words))
 
-    # another night's ledger, or a stranger's
-    ledger = common.ROOT / "results.tsv"
-    if ledger.exists():
-        aside = move_aside(ledger, f"results-before-{tag.replace('/', '-')}")
-        print(f"the ledger of another night is {aside.name} now")
+    # a results.tsv of another night, or of another program
+    table = common.ROOT / "results.tsv"
+    if table.exists():
+        aside = move_aside(table, f"results-before-{tag.replace('/', '-')}")
+        print(f"there was a results.tsv: it is {aside.name} now")
     ideas = common.ROOT / "ideas.md"
     if not ideas.exists():
         ideas.write_text(IDEAS)

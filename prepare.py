@@ -5,8 +5,8 @@ The fixed harness: data, tokenizer, dataloader, training clock and metric. The a
     uv run prepare.py --dataset local --text notes/     # or one from your own text; --help lists every flag
 
 A benchmark is a folder under $AUTORESEARCH_HOME (default ~/.cache/autoresearch): a tokenizer, packed rows of tokens for
-training, validation and a holdout, and benchmark.json with the constants that make two runs comparable. All of it is
-settled when it is prepared: train.py and the environment can't change these constants. Only the seed is free.
+training, validation and a holdout, and benchmark.json with the constants that make two runs comparable. prepare.py
+fixes these constants: neither train.py nor the environment can change them. Only the seed is free.
 
 The metric is val_bpb, bits per byte of the validation text, lower is better, whatever the vocabulary.
 
@@ -43,8 +43,8 @@ from harness.journal import map_rows, open_rows, rows_served
 
 HOME = find_home()
 
-# torch reads these when it is imported, by us or by harness/. Inductor keeps what it compiles for later runs, but can't
-# compile in a path with a space: it uses its own folder then. It calls getpass.getuser(), which fails without a name
+# Set before torch is imported, here or in harness/. HOME keeps compiled code for later runs, unless its path has a
+# space: Inductor can't compile there. Inductor also calls getpass.getuser(), which fails for a uid without a name
 if " " not in str(HOME):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "compiled"))
 try:
@@ -104,8 +104,8 @@ LARGE_GPU = 16 << 30  # bytes of memory; GPUs with no more are usually too slow 
 TOO_SMALL = "text too small: add more, or lower --val-rows and --holdout-rows, which leave nothing to train on"
 
 LATE_LIMIT = 1.1  # a run that trained for more than this multiple of its budget is not scored
-SETUP_SECONDS = 900  # a run that has not started its clock so long after it took the device ends itself
-HANG_SECONDS = 300  # and so does one that is not scored so long after its budget
+SETUP_SECONDS = 900  # from the lock of the device to clock.start(); a run that takes longer ends itself
+HANG_SECONDS = 300  # from the end of the budget to the score; a run that takes longer ends itself, too
 TENTHS = 10  # parts of a run whose mean losses go into the journal
 MAX_LOGIT_BYTES = 1 << 30  # of one scoring step, in float32; their log-softmax takes as much again
 SAME_SCORE = 1e-3  # relative difference of a row that is scored twice
@@ -414,7 +414,7 @@ class TrainingClock:
         self.recompiled = pace.count_graphs() - self.graphs_before
 
     def tick(self, loss=None):
-        """Called once a step, for its pace, with a loss that is at hand as a float, which may be of an earlier step."""
+        """Call this after each step. `loss`: a float for the mean losses in the journal; may be of an earlier step."""
         self.ticks.append((self.elapsed, rows_served["train"]))
         if loss is not None:
             self.losses[min(int(self.progress * TENTHS), TENTHS - 1)].append(float(loss))
@@ -502,7 +502,7 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         clock.check()
         pace.report_slow_step(clock)
         pace.report_recompiling(clock.recompiled)
-        journal.refuse_unwritable(benchmark.path)  # it may have gone since
+        journal.refuse_unwritable(benchmark.path)  # the disk may have filled up, or gone, during the training
         if benchmark != open_benchmark(benchmark.path) or benchmark != clock.benchmark:
             raise RuntimeError("not scored: the benchmark differs from the one on disk; use load_benchmark()")
         scores = score(model, benchmark, batch_size, clock.device)
@@ -633,7 +633,7 @@ def parse_arguments(arguments=None):
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--dataset", choices=PRESETS, help="default: climbmix with CUDA and over 16 GiB, tinystories with CUDA, local")
+    add("--dataset", choices=PRESETS, help="default: climbmix (GPU over 16 GiB), tinystories (other GPU), local (none)")
     add("--text", nargs="+", metavar="PATH", help="local: files or folders; default: installed Python")
     add(
         "--num-shards", metavar="N", type=number(int, 1, VALIDATION_SHARD), help="climbmix: training shards, default 10"
@@ -687,7 +687,7 @@ def print_summary(record, source):
 
 
 def prepare(request, source):
-    """Find the benchmark, or build it, and make it the current one, unless one is named. Returns its record."""
+    """Find or build the benchmark, and make it current unless AUTORESEARCH_BENCHMARK is set. Returns its record."""
     HOME.mkdir(parents=True, exist_ok=True)
     (HOME / ".gitignore").write_text("*\n")  # it may lie in the clone
     with FileLock(HOME / "prepare.lock"):
@@ -696,7 +696,7 @@ def prepare(request, source):
             started = time.monotonic()
             record = build(request, source)
             print(f"prepared in {time.monotonic() - started:.1f} s")
-        # a node of a cluster makes the one that is named, whatever is current there
+        # a cluster node builds the benchmark that AUTORESEARCH_BENCHMARK names, and leaves the current one alone
         named = os.environ.get("AUTORESEARCH_BENCHMARK")
         if not named:
             write_atomically(HOME / "current", record["id"])

@@ -27,7 +27,7 @@ COMPILE = True  # torch.compile
 # Model
 WINDOW_PATTERN = "SSSSL"  # per block, repeated: S sees SHORT_WINDOW, L all; the last block is always L
 SHORT_WINDOW = 1 / 8  # of the row: earlier tokens that an S block sees
-QUERY_GROUP = 1  # heads of queries that share one of keys and values; more than 1 is grouped-query attention
+QUERY_GROUP = 1  # query heads per head of keys and values; more than 1 is grouped-query attention
 MLP_RATIO = 4  # hidden width / D
 GATE_CHANNELS = 32  # channels of x that drive the gates of the value embeddings
 ROPE_BASE = 200_000
@@ -36,7 +36,7 @@ X0_INIT = 0.05  # of the embedding that each block adds
 POINTER_BIAS = -9.0  # of the logit of the probability to copy
 POINTER_SCALE = 1.5  # of the scores between normalized states
 
-# Learning rates; those of embeddings and head hold at D = 768 and are scaled by 1 / sqrt(D)
+# Learning rates; those of embeddings, n-grams and head are for D = 768, and are multiplied by sqrt(768 / D)
 MATRIX_LR = 0.04
 EMBEDDING_LR = 0.9
 NGRAM_LR = 0.25
@@ -58,8 +58,8 @@ MUON_BETA2 = 0.95
 MUON_MOMENTUM = (0.85, 0.95)  # at the start, and from MOMENTUM_RAMP on
 WARMDOWN_RATIO = 0.75  # last share of the run, over which the rates fall ...
 FINAL_LR_FRAC = 0.05  # ... to this share of themselves; those of n-grams end higher
-NGRAM_FADE = 0.4  # the rate of an n-gram row falls as all do, but not below 1 - NGRAM_FADE * n / (n + NGRAM_FADE_USES)
-NGRAM_FADE_USES = 16  # where n counts the updates of the row
+NGRAM_FADE = 0.4  # an n-gram row with n updates keeps at least 1 - NGRAM_FADE * n / (n + NGRAM_FADE_USES) ...
+NGRAM_FADE_USES = 16  # ... of NGRAM_LR, however low the schedule goes
 
 # Sizes, and what pays on one kind of machine only
 if GPU:
@@ -145,7 +145,7 @@ class GPT(nn.Module):
         """Part by part: blocks of one shape share their code, which takes a fraction of the time."""
         # Modules, not bound methods: a copied bound method still uses the original's weights
         if self.setup.compiled:
-            torch._dynamo.config.recompile_limit = 64  # one for every kind of block
+            torch._dynamo.config.recompile_limit = 64  # Block.forward is compiled anew for each kind of block
             for part in (self.embed, *self.blocks, self.head):
                 part.compile(dynamic=False)
 
@@ -190,7 +190,7 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each on x and, gated per channel, x at the token before."""
+    """Attention and an MLP. The input of each is x plus the previous token's x times a gate per channel (smear)."""
 
     def __init__(self, layer, window, attention, vocab_size):
         super().__init__()
@@ -342,7 +342,7 @@ def apply_rotary_emb(x, cos, sin):
 def banded(q, k, v, window):
     """
     Attention: a position sees itself and `window` earlier ones. q [B, T, H, K]; k, v [B, T, G, K], each for H / G heads
-    of q. On CUDA set_up() uses FlashAttention where it agrees within 2%; setup._replace(attention=banded) does not.
+    of q. set_up() takes FlashAttention on CUDA if it agrees within 2%; setup._replace(attention=banded) prevents that.
     """
     if k.size(2) < q.size(2):
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
@@ -481,7 +481,7 @@ def kind_of(weight, module, model):
 
 
 def build_optimizers(model):
-    """Every parameter that trains in one group; else SystemExit, naming it. A tied weight is its first module's."""
+    """Each trainable parameter is in one group, else SystemExit names it. A tied one counts where registered first."""
     members, matrices = defaultdict(list), defaultdict(list)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -516,8 +516,8 @@ def build_optimizers(model):
 
 
 # --------------------------------------
-# Schedules: functions of progress, the share of the budget that is used, so that they fit any machine. One that changes
-# the model must set a tensor, an argument or a buffer: a Python number recompiles its part at each change
+# Schedules: functions of progress, the used share of the budget, so that they fit any machine. A schedule that changes
+# the model must set a tensor (an argument or a buffer): a Python number would recompile its part at each change
 
 
 def lr_factor(progress):
@@ -557,7 +557,7 @@ def build_model(benchmark, setup):
 
 
 def rehearse(benchmark, setup, shapes, accumulation):
-    """Compile, and fill the memory with a throwaway model: two steps per shape (rows, T), then scoring in the first."""
+    """Compile and fill memory with a throwaway model: two steps per shape (rows, T), then score in the first shape."""
     model = build_model(benchmark, setup)
     optimizers = build_optimizers(model)
     for shape in shapes:

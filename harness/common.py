@@ -1,5 +1,5 @@
 """
-What several rooms use: where the repository and the benchmarks lie, git, and small helpers.
+What several modules use: the folders of the repository and of the benchmarks, git, and small helpers.
 
 Nothing heavy is imported: ledger.py runs beside a training.
 """
@@ -24,7 +24,7 @@ CRASHED = "crashed: "  # begins the last line of a program that an error has end
 NOT_RECORDED, DEVICE_TAKEN = 74, 75  # exit codes of a training: no disk for its score (EX_IOERR), its device is taken
 GIT_SECONDS = 20  # for signing and hooks
 
-# What a user's configuration could change in the output of git, set to what we read
+# Settings of git that a user may have changed, set to what this code expects
 GIT_SETTINGS = {
     "log.showSignature": "false",
     "i18n.logOutputEncoding": "UTF-8",
@@ -54,7 +54,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Run the main() of a program that prints lines. Where nobody reads on (`| head`) it ends; so it does at Ctrl-C."""
+    """Run the main() of a program that prints lines. It ends quietly on Ctrl-C, or when its reader does (`| head`)."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a description shows ? in it
     try:
         main()
@@ -62,7 +62,7 @@ def run_command(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        sys.exit(f"{sys.argv[0]}: {error}; mend that, and say it again: what is recorded stays")
+        sys.exit(f"{sys.argv[0]}: {error}; fix that and run this again: what was recorded is kept")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -147,7 +147,7 @@ def append_lines(path, lines):
 
 
 def find_home():
-    """The folder of all benchmarks, from AUTORESEARCH_HOME. Raises SystemExit if that names no folder."""
+    """The folder of all benchmarks: AUTORESEARCH_HOME or the default. Raises SystemExit if `~` can't be expanded."""
     home = os.path.expanduser(os.environ.get("AUTORESEARCH_HOME") or "~/.cache/autoresearch")
     if home.startswith("~"):  # left as it was: there is no such user, or this one has no home
         raise SystemExit(f"{home}: there is no such home folder; set AUTORESEARCH_HOME to a folder on a local disk")
@@ -171,8 +171,8 @@ class GitAnswer(NamedTuple):
 
 def git(*words, folder=None, seconds=None, text=""):
     """
-    Run git in a folder, by default that of the repository, whatever the user's configuration: GitAnswer. `text` is what
-    it reads.
+    Run git in `folder`, by default the repository, with GIT_SETTINGS instead of the user's. Returns a GitAnswer. `text`
+    is the standard input.
     """
     seconds = seconds or GIT_SECONDS
     settings = []

@@ -65,12 +65,12 @@ def harness_sha256():
 
 def find_origin():
     """
-    The code of this run: its id, if a runner started it, its commit, whether .py files differ from that or are new,
-    hashes of script and harness.
+    Where a run comes from: its id (None without a runner), its commit, whether .py files were changed or added since,
+    and the hashes of script and harness.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)  # None in a notebook
 
-    # a runner of the night trains a commit from files of its own, and names it
+    # the runner trains a copy of the commit, which is no git repository: it passes the commit's hash
     commit = os.environ.get("AUTORESEARCH_COMMIT")
     dirty = False
     if not commit:
@@ -102,7 +102,7 @@ def refuse_unwritable(folder):
 
 
 class NotRecorded(SystemExit):
-    """There is no disk for a score, as is printed. Exits with NOT_RECORDED, so that the runner runs it again."""
+    """A score can't be written: prints why. Exits with NOT_RECORDED, so that the ledger runs the commit again."""
 
     def __init__(self, message):
         super().__init__(NOT_RECORDED)
@@ -115,8 +115,8 @@ class NotRecorded(SystemExit):
 
 def record_run(folder, run, model):
     """
-    Append a scored run to the journal of a benchmark's folder, and keep its weights as best.pt when no run before was
-    better. Runs of another harness are not compared with it. Raises NotRecorded, with the score, if it can't write.
+    Append a scored run to the journal of a benchmark's folder. Its weights become best.pt if it beats all runs of its
+    harness and that harness prepared the benchmark. Raises NotRecorded, with the score, if it can't write.
     """
     try:
         append_run(folder, run, model)

@@ -52,8 +52,8 @@ class DeviceLock:
     """
     The exclusive lock of a device. It is held until release() or until the process ends, whatever ends it.
 
-    There is one for each device of a machine, not for each home: two trainings would halve each other's speed. So it
-    lies in a folder of all users, which no TMPDIR moves, and once more in the home: a sandbox may hide the former.
+    One lock per device, for all users and homes: two trainings would halve each other's speed. It is a file in
+    lock_folder(), whatever TMPDIR says, and another in the home: a sandbox may hide lock_folder().
     Raises DeviceTaken, naming the other process, if the device is taken.
     """
 
@@ -69,7 +69,7 @@ class DeviceLock:
         try:
             self.take(lock_folder(), device)
         except OSError as error:
-            print(f"no lock in {lock_folder()} ({first_line(error)}): only runs of this home are kept from {device}")
+            print(f"no lock in {lock_folder()} ({first_line(error)}): runs of another home may use {device} at once")
         except DeviceTaken:
             self.release()
             raise
@@ -145,7 +145,7 @@ def device_name(device):
 
 
 def peak_memory_mb(device):
-    """Most device memory that was allocated at once; on a CPU the most resident memory of the process."""
+    """Peak device memory; on MPS the memory that is allocated now; on a CPU the peak resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if device.type == "mps":
@@ -221,7 +221,7 @@ def load_flash3():
 
 
 def fetch_flash3():
-    """The attention kernel that train.py, which uses no network, takes on the GPUs that have it."""
+    """Download FlashAttention-3 if this GPU can run it: train.py itself uses no network."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() in FLASH3_CAPABILITIES:
         try:
             load_flash3()

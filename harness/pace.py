@@ -64,5 +64,5 @@ def report_recompiling(count):
 
     # "0/1: self.cap == 14.0   # def forward(self, x): ..."
     guard = (last.recompile_reason or "").partition("#")[0].partition(": ")[2].strip()
-    why = f", as no longer {guard}" if guard else ", for the first time"
+    why = f" (failed guard: {guard})" if guard else " (for the first time)"
     print(f"recompiled {count} times while the clock ran, last {place}{why}: pass what changes as a tensor")

@@ -18,7 +18,7 @@ REPEATS = 4
 ROUNDING = 1e-4
 MARGIN = 3
 
-# It sees other rows, or is random, if the noise is over NOISE_LIMIT at more than NOISY_POSITIONS of the positions
+# The model sees other rows, or is random, if the noise is over NOISE_LIMIT at more than NOISY_POSITIONS of positions
 NOISE_LIMIT = 0.05
 NOISY_POSITIONS = 0.01
 

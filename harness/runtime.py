@@ -1,4 +1,4 @@
-"""How train.py computes here: device, precision, attention, compiler; and the summary of what it came to."""
+"""How train.py computes on this machine: device, precision, attention, compiler; and the summary of a run."""
 
 import gc
 import logging

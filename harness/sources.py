@@ -174,8 +174,8 @@ class LocalText:
         A new pass over the text: batches, lists of str. `counts` and `skipped` are those of the last pass begun.
 
         A batch is a group, so that validation text is not a near-copy of training text, or a block of text if there
-        are few groups. Records of .jsonl and .parquet files stand alone. Exact duplicates are dropped. Raises
-        SystemExit, in one line, for a file that is damaged.
+        are few groups. Records of .jsonl and .parquet files make batches of their own. Exact duplicates are dropped.
+        Raises SystemExit, in one line, for a file that is damaged.
         """
         self.counts = Counter()
         self.skipped = copy.deepcopy(self._not_found)

@@ -168,7 +168,8 @@ def first_commit(tag, words):
             take_back(branch, before, commit)
     if not worked:
         signing, hooks = "git config commit.gpgsign false", "git config core.hooksPath /dev/null"
-        raise SystemExit(f"git refuses to commit ({complaint}); signing: {signing}; a hook, or a rule of one: {hooks}")
+        ways_out = f"to do without signing: {signing}; without hooks: {hooks}"
+        raise SystemExit(f"git refuses to commit ({complaint}); {ways_out}")
 
 
 def make_branch(branch, message):

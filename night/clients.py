@@ -57,7 +57,7 @@ def claude_warnings():
 
 
 def refused_by_claude(rule):
-    """Which of the things that the agent does a rule of `deny` or `ask` is about; "" for none."""
+    """The action of the agent that this rule of `deny` or `ask` would refuse, in words; "" if there is none."""
     # Bash, Bash(git *), Bash(git:*), Edit(/train.py)
     tool, _, pattern = rule.rstrip(")").partition("(")
     pattern = re.sub(r":\*$", "*", pattern) or "*"

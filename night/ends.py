@@ -26,12 +26,12 @@ SLOW_RUN = 0.5  # of the most steps that a counted run of the same commit has ma
 
 def settle(place, night, journal, running):
     """
-    Record the runs that are over, and what is decided by them. Each step may have been done before: it is told by the
-    run's id. `running` was asked before the journal was read. The caller holds the lock of the record.
+    Record the runs that have ended, and the decisions that follow. Calling it again records nothing twice, because runs
+    have ids. Ask for `running` before reading the journal. The caller holds the lock of the record.
     """
     scored = {line["run"]: line for line in journal if line.get("run")}
 
-    # a score beats what was recorded before it was seen
+    # runs that were recorded as interrupted, and whose score is in the journal by now
     late = [run for run in night.runs.values() if run.state == "interrupted" and run.run in scored]
     for run in late:
         append(place, night, *scored_lines(vars(run), scored[run.run], night))
@@ -55,7 +55,7 @@ def settle(place, night, journal, running):
 
 
 def is_ours(state, place):
-    """Whether a run was not brought along by a copy of this folder, made in mid-run: that one is dropped."""
+    """Whether the run began in this folder on this machine. A folder copied in mid-run has its run.json, too."""
     return (state["host"], state["folder"]) == (platform.node(), str(place))
 
 
@@ -111,7 +111,7 @@ def scored_lines(state, scored, night):
     others = [run for run in night.attempt(state["commit"]).runs.values() if run.counts]
     most = max((run.steps for run in others), default=0)
 
-    # what is no score, and what does not compare
+    # a score out of range is a crash; one on another device cannot be compared
     if not 0 < scored["val_bpb"] < HIGHEST_SCORE:
         reason = f"val_bpb {scored['val_bpb']:g} is out of range"
         return [line | {"state": "crash", "val_bpb": None, "reason": reason}]
@@ -119,7 +119,7 @@ def scored_lines(state, scored, night):
         reason = f"on {scored['device']}, the night is on {night.device}"
         return [line | {"state": "elsewhere", "reason": reason}]
 
-    # what was disturbed, this run or earlier ones; where the compiler was at work, that is no disturbance
+    # disturbed runs: this one, or earlier ones; a run that recompiled was slow by itself
     if scored.get("recompiled"):
         return [line]
     slow, steps = scored["slow_steps_percent"], scored["steps"]
@@ -168,7 +168,7 @@ def judge_end(state, night):
         log = read_log(state["log"])
         return {"state": "crash", "reason": ended or find_reason(log, code)}
 
-    # so often, and it is train.py's own fault
+    # if this has happened `most` times, train.py itself is to blame
     earlier = [run for run in same_seed(state, night) if run.state == "interrupted"]
     if len([run for run in earlier if run.exit == code]) + 1 < most:
         return {"state": "interrupted", "reason": end}

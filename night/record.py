@@ -87,7 +87,7 @@ def recording(tag):
 def append(place, night, *lines):
     """Add lines, dicts, to the record and to the night that was read from it. The caller holds recording()."""
     for line in lines:
-        night.add(line)  # which raises, before it is written, what could not be read
+        night.add(line)  # raises for a line that could not be read back, before any is written
     append_lines(place / "record.jsonl", lines)
 
 

@@ -128,21 +128,21 @@ def due_decisions(night):
 
 def judge_gone(attempt, decision, night):
     """
-    Of a commit that is neither below HEAD nor in a wave: what its runs add up to, else it is given up. None while a
-    worktree cannot be read, for it may be there.
+    Decide a commit that is neither HEAD nor below HEAD nor in a wave: by its runs if they suffice, else discard. None
+    while one of its runs goes on, or a worktree cannot be read: the commit may be there.
     """
-    if night.broken:
+    if night.broken or (night.going_on and night.going_on["commit"] == attempt.commit):
         return None
 
-    # it may have been left before its last runs came in
+    # its last runs may have ended after HEAD had moved on, or its worktree was removed
     run = next(iter(attempt.runs.values()))
     if decision and (decision.decision == "discard" or run.parent == night.last_keep):
         return decision
-    return Decision(attempt.commit, "discard", reason="left")
+    return Decision(attempt.commit, "discard", reason="abandoned before it was decided")
 
 
 def choose_of_wave(decisions, night):
-    """Of all that could be kept of a wave the best, when nothing else of it is out or needed: [Decision]."""
+    """Keep the best idea of a wave, and discard the other winners, once no further idea can still win: [Decision]."""
     winners = [decision for decision in decisions if decision.decision == "keep"]
     if not winners or not (night.worktrees or night.out):
         return decisions
@@ -226,7 +226,7 @@ def baseline_seeds(night):
     attempt = night.attempt(night.start)
     missing = lacks(attempt, "baseline", BASELINE_SEEDS)
 
-    # each seed has had its run, and too few have a score: those since the human's word count
+    # too few seeds have a score: run again those that have not run since the human's last `until`
     scored = [run.seed for run in attempt.of_role("baseline") if run.counts]
     if missing or len(scored) >= LEAST_SCORES:
         return missing
@@ -240,7 +240,7 @@ def lacks_baseline(night):
 
 
 def is_candidate(night):
-    """Whether HEAD could be kept: it is above the last keep, and so is nothing that was decided."""
+    """Whether HEAD could be kept: above the last keep, nothing decided between, and only train.py changed."""
     above = commits_above(night)
     return bool(above) and not night.other_files and all(not night.attempt(commit).verdict for commit in above[:-1])
 
@@ -307,9 +307,9 @@ def needed_again(night):
     keep = night.last_keep
 
     # the runs after its last one
-    counted = [run for run in night.runs.values() if run.role != "final" and run.is_over]
-    places = [place for place, run in enumerate(counted) if run.commit == keep]
-    if not places or len([run for run in counted[places[-1] + 1 :] if run.counts]) < AGAIN_RUNS:
+    runs = [run for run in night.runs.values() if run.role != "final" and run.is_over]
+    indices = [index for index, run in enumerate(runs) if run.commit == keep]
+    if not indices or len([run for run in runs[indices[-1] + 1 :] if run.counts]) < AGAIN_RUNS:
         return []
     done = [run for run in night.attempt(keep).of_role("again") if run.is_over]
     return [Training("again", keep, FIRST_AGAIN + len(done))]

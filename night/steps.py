@@ -1,4 +1,4 @@
-"""What comes next in a night: a pure function of what was read, an `if` for each rule in the order of program.md."""
+"""What comes next in a night: a pure function of a Night. The first rule that applies gives the next Step."""
 
 import math
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Step:
 
 
 def next_step(night):
-    """The next Step, in the order of the rules in program.md."""
+    """The next Step, from the first rule that applies."""
     return (
         with_a_run_going_on(night)
         or for_the_human(night)
@@ -221,7 +221,7 @@ def with_the_last_keep(night):
 
     # now and then another kind of idea is due
     if night.last_keep != night.start and ideas_since_pruning(night) >= PRUNING_IDEAS:
-        reason = "pruning is due: take out one thing that was kept; its message begins with `prune`"
+        reason = "pruning is due: remove one change that was kept, with a message that begins with `prune`"
         return Step("idea", command, reason)
     lost = ideas_since_keep(night)
     if lost >= STUCK_IDEAS:

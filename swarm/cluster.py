@@ -20,7 +20,7 @@ def connect():
     # explicitly, so that nobody's jobs land on a stranger's cluster
     address = os.environ.get(ADDRESS)
     if not address:
-        raise SystemExit(f"no cluster is named: the human says {START}")
+        raise SystemExit(f"no cluster is named: before the night, the human runs {START}")
     host = urlsplit(address).hostname
     if not host:
         raise SystemExit(f"{ADDRESS} must be like http://127.0.0.1:8265, not {address}")
@@ -51,7 +51,7 @@ def asking():
         # Ray may send the traceback of its own process: its last line says why
         words = str(error).strip().rpartition("\n")[2] if "Traceback" in str(error) else error
         reason = f"the cluster at {os.environ[ADDRESS]} does not answer: {first_line(words)}"
-        raise SystemExit(f"{reason}; where it has ended, the human says {START}") from None
+        raise SystemExit(f"{reason}; where it has ended, the human runs {START}") from None
 
 
 def has_begun(job):

@@ -65,7 +65,7 @@ def run(state, arguments):
 
 
 def is_this(home, earlier, state):
-    """Whether an earlier training here was this one, and has ended; or one whose score nobody was told."""
+    """Whether an earlier training here can serve as this run: the same run, ended; or one with an unreported score."""
     if earlier["run"] == state["run"]:
         return "exit" in earlier or find_score(home, earlier) is not None
     return "told" not in earlier and find_score(home, earlier) is not None

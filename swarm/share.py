@@ -80,8 +80,8 @@ def receive():
 
 def send(night, top=None):
     """
-    Receive, then push this agent's record, branch and new tries, below `top`, by default what `join` has found. Returns
-    why that did not work, "" if it did.
+    Receive, then push this agent's branch, and its record and new tries below the ref `top`, by default the one that
+    `join` has found. Returns why a fetch or push failed, "" if both worked.
     """
     top = top or git("config", "autoresearch.hubRefs").output or TOPS[0]
     tag, branch = night.tag, f"refs/heads/{PREFIX}{night.tag}"
@@ -186,7 +186,7 @@ def refuse_other_files(branch):
 
 
 def restore_record(tag):
-    """The record, if there is none here, and the tries: as they were last to be sent, or as the hub has them."""
+    """If there is no record here, restore it and the tries from this agent's own ref, or from the hub's if newer."""
     theirs, own = find_record(tag), f"refs/results/{tag}"
     path = find_place(tag) / "record.jsonl"
     if path.exists() or not (theirs or resolve(own)):

@@ -76,7 +76,7 @@ def commit(name, message):
 
 
 def clean():
-    """Remove the worktrees that have no changes, and no commit that is still to be decided."""
+    """Remove the worktrees without changes, but not those with an undecided commit that has begun to run."""
     night, _, _, _ = ledger.load()
     for name, checkout in night.worktrees.items():
         begun = [commit for commit in checkout.line if commit in commits_of_wave(night) and is_begun(commit, night)]

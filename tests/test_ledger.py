@@ -529,7 +529,7 @@ def test_what_is_no_longer_below_head_is_decided_once_and_what_is_off_the_line_i
     assert night.decisions() == []
     night.git("reset", "-q", "--keep", night.start)
     assert night.decisions() == night.decisions() == [(left, "discard", "rule")]
-    assert night.record.read_text().count('"reason": "left"') == 1
+    assert night.record.read_text().count('"reason": "abandoned before it was decided"') == 1
     better = night.commit(0.98, 0.98, 0.98, message="better")
     night.say()
     night.git("reset", "-q", "--keep", night.start)

@@ -309,8 +309,16 @@ def test_the_last_keep_runs_again_after_twenty_runs():
 
 
 def test_a_commit_that_was_left_is_decided_once():
+    """Not before its run is over, which may keep it."""
+    night = night_of(*BASE, at=A)
+    for seed in (1, 2, 3):
+        night.line, night.going_on = line_to(S, night), {"run": "x", "commit": A}
+        record(night, (A, seed, 0.99, {"parent": S}))
+    assert verdicts(night)[0] == "" and night.last_keep == S
+    night.going_on = None
+    assert verdicts(record(night))[0] == "keep"
     night = night_of(*BASE, GOOD[0])
-    assert night.attempt(A).decision.reason == "left" and not due_decisions(night)
+    assert night.attempt(A).decision.reason.startswith("abandoned") and not due_decisions(night)
 
 
 def test_a_hand_decision_is_never_superseded_by_the_rule():
@@ -400,7 +408,7 @@ def test_what_stands_on_a_discard_is_left_when_nothing_of_it_is_out():
 def test_what_is_gone_is_judged_by_its_runs_first():
     parent = {"parent": S}
     won = [(A, seed, 0.99, parent) for seed in (1, 2, 3)]
-    assert verdicts(wave_of(*BASE, *won, ideas=[]))[0] == "discard"  # "left", after the first of them
+    assert verdicts(wave_of(*BASE, *won, ideas=[]))[0] == "discard"  # abandoned, after the first of them
     night = wave_of(*BASE, ideas=[A], out=[("idea", A, 3)])
     record(night, *won)
     night.worktrees, night.out = {}, []
@@ -410,7 +418,7 @@ def test_what_is_gone_is_judged_by_its_runs_first():
     night.worktrees, night.out, night.broken = {}, [], {"a": "git fails"}
     assert verdicts(record(night))[0] == ""  # for it may be there
     night.broken = {}
-    assert record(night).attempt(A).decision.reason == "left"
+    assert record(night).attempt(A).decision.reason.startswith("abandoned")
 
 
 def verdicts(night):
@@ -444,7 +452,7 @@ def test_what_comes_next_in_a_wave():
     assert next_step(wave_of(ideas=[], on_cluster=False)).command == RUN
     assert next_step(wave_of(*BASE, (A, 1, 1.1), (B, 1, 1.1))).command == steps.NEW_WORKTREE
     gone = wave_of(*BASE, (A, 1, 0.99), ideas=[])
-    assert gone.attempt(A).decision.reason == "left" and next_step(gone).kind == "idea"
+    assert gone.attempt(A).decision.reason.startswith("abandoned") and next_step(gone).kind == "idea"
 
 
 # --------------------------------------

@@ -1,15 +1,15 @@
 """
-What train.py makes of this machine, as ratios measured in one run, for the untouched file and the current benchmark:
+The speed of train.py on this machine, for the current benchmark: tokens/s, also against a plain loop and the peak:
 
     uv run prepare.py && uv run python tools/bench.py
 
-Each figure is the best of ROUNDS segments, which take turns, each in a process of its own.
+Both loops run ROUNDS times, in turns, each time in a new process. The figures are those of the fastest process.
 
-And what an idea is worth when each commit's train.py trains for so many steps, however fast the machine is by then:
+The gain of an idea at a fixed number of steps, so that the speed of the machine makes no difference:
 
     uv run python tools/bench.py --steps 800 --seeds 1-5 <commit> <commit>
 
-And how long a look at a night of 5,000 runs takes, `uv run ledger.py`, and at a hub of 100 agents with 100,000 runs:
+The time that `uv run ledger.py` takes in a night of 5,000 runs, and hub.py at a hub of 100 agents with 100,000 runs:
 
     uv run python tools/bench.py --look
 """
@@ -26,8 +26,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-
-from night.runner import write_files
 
 ROUNDS, SECONDS = 3, 10
 LOOK_RUNS = 5000
@@ -157,6 +155,8 @@ def main():
 
 def compare(steps, seeds, commits):
     """Train each commit's train.py for so many steps, seed by seed in turns; print scores, and gains over the first."""
+    from night.runner import write_files  # not above: it loads our harness, and train_steps() needs that of its commit
+
     found = {commit: [] for commit in commits}
     with tempfile.TemporaryDirectory() as folder:
         for commit in commits:
@@ -262,7 +262,7 @@ def print_seconds(title, command, options):
 
 
 def long_night(begun, count, agent):
-    """Lines of a record: three runs of the baseline, then as many ideas, none of them kept."""
+    """Lines of a record: three runs of the baseline, then ideas, none of them kept."""
     for number in range(count):
         run = {"kind": "run", "run": f"{agent}-{number}", "time": begun["time"], "role": "baseline", "seed": number + 1}
         run |= {"commit": begun["commit"], "parent": begun["commit"], "train": "1" * 40, "benchmark": "local"}

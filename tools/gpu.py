@@ -5,8 +5,8 @@ The first hour on a GPU: does train.py start there, how fast is it, and what do 
     uv run python tools/gpu.py train.py pointer other.py   # these; a file stands for itself
     uv run python tools/gpu.py --seconds 300 train.py      # longer runs
 
-A call takes less than ten minutes. Variants take turns, seed by seed. A result is a line of gpu.jsonl in the folder
---out, and a later call goes on from there. The text is `local` in the shape of climbmix: no network is needed.
+A call takes about --minutes. Variants take turns, seed by seed. A result is a line of gpu.jsonl in the folder --out; a
+later call skips what is in there. The text is `local`, in rows as long as climbmix's: no network.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Session:
 
         # done in an earlier call?
         for result in self.results:
-            if key.items() <= result.items():
+            if key.items() <= result.items() and "error" not in result:
                 return result
         if time.monotonic() + seconds + self.overhead > self.end:
             return None
@@ -168,7 +168,7 @@ def main():
             sys.exit("gpu.py: needs a GPU")
         session = Session(options.out, options.minutes, environment)
 
-        # Does it start, and what does that take, before anything is compiled and again
+        # The first run compiles everything (cold); the second finds the compiled code in the cache (warm)
         short = min(SMOKE_SECONDS, options.seconds)
         session.prepare(SHAPE, short)
         for kind in ("cold", "warm"):
