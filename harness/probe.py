@@ -101,7 +101,8 @@ class Probe:
         if len(moved) > NOISY_POSITIONS * self.noise.numel():
             raise RuntimeError(
                 f"not scored: the model sees other rows: logits at position {int(moved[0, 1])} changed when only other "
-                "rows of the batch changed; or it takes a scale over the whole batch (dynamic fp8): take it per row"
+                "rows of the batch changed; or it takes a scale over the whole batch (dynamic fp8): take it per row; "
+                "or it changes from call to call"
             )
 
     def confirm(self, kept, future, leaks):

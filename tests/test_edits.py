@@ -190,6 +190,15 @@ def test_decay_of_matrices_fades_with_any_optimizer(benchmark):
     assert decays[256, 64] == pytest.approx(module.MATRIX_DECAY / 4) and decays[512, 64] == module.UNEMBEDDING_DECAY
 
 
+def test_constants_at_their_ends_divide_by_nothing(benchmark):
+    module = edited(WARMDOWN_RATIO=0, MOMENTUM_RAMP=0, NGRAM_FADE_USES=0)
+    optimizers = module.build_optimizers(build_edited(module, benchmark))
+    for progress, factor in ((0.0, 1.0), (0.999, 1.0), (1.0, module.FINAL_LR_FRAC)):
+        module.set_schedules(optimizers, progress)
+        rates = {group["lr"] / group["initial_lr"] for optimizer in optimizers for group in optimizer.param_groups}
+        assert [min(rates), max(rates)] == pytest.approx([factor, factor])
+
+
 def test_flops_count_all_experts(benchmark):
     """Four of 2 x 64 x 32 weights each, and a router, in three blocks, where an MLP has 2 x 64 x 256."""
     plain, experts = (build_edited(edited(added), benchmark).flops_per_token(32) for added in ("", EXPERTS))

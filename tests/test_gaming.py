@@ -86,6 +86,18 @@ def remembered(model, x, logits):
     return known
 
 
+def counted(model, x, logits):
+    """A forward that counts its calls, and turns up a noise with them."""
+    model.counts[0, 0] += 1
+    return model.counts[0, 0] / 20 * torch.randn(512)
+
+
+def counted_slowly(model, x, logits):
+    """The same, in steps that the probe's first look may miss."""
+    model.counts[0, 0] += 1
+    return (model.counts[0, 0] // 4) * torch.arange(512) / 100
+
+
 FUTURE = "the model sees the future: logits at position"
 OTHERS = "the model sees other rows"
 CHANCE = "gives two answers to the same input"
@@ -107,6 +119,8 @@ REFUSED = {  # what is added to the logits, the words of the refusal
     "dynamic fp8": (scaled_over_the_batch, "scale over the whole batch .dynamic fp8.: take it per row"),
     "dropout left on": (lambda model, x, logits: F.dropout(logits, 0.01), CHANCE),
     "a memory": (remembered, CHANCE),
+    "a counter of calls": (counted, "or change from call to call"),
+    "a slow counter of calls": (counted_slowly, "it changes from call to call"),
 }
 SMALL_BATCHES = [("tiny", 1), ("far ahead", 2), ("rows joined in pairs", 2)]
 
