@@ -182,30 +182,36 @@ def test_a_night_without_curves(book, cells):
 
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-AWKWARD = {  # rows of a ledger without a record, scores, what is printed
-    "missing file": (None, [], "nothing was tried yet"),
-    "no byte": ("", [], "nothing was tried yet"),
-    "only crashes": (["aaaaaaa 0 0 crash x"], [], "1 runs: 1 crash"),
-    "crashed first": (["aaaaaaa 0 0 crash x", "bbbbbbb 1.5 1 keep y"], [1.5], "baseline 1.500000"),
-    "noise unknown": (["aaaaaaa 1.5 1 keep x", "bbbbbbb 1.4 1 keep y"], [1.5, 1.4], "noise floor unknown"),
-    "named otherwise": (["aaaaaaa 1.5 1 keep x", "bbbbbbb 1.4 1 keep baseline"], [1.5, 1.4], "baseline 1.500000"),
-    "dollars": (["aaaaaaa 1.5 1 keep costs_$5_\\frac_$x^"], [1.5], "costs_$5"),
-    "quotes": (['aaaaaaa 1.5 1 keep "wide', "bbbbbbb 1.4 1 keep y"], [1.5, 1.4], '"wide'),
-    "not a row": (["aaaaaaa 1.5 1 keep x", "no"], [1.5], "baseline 1.500000"),
+AWKWARD = {  # scores of the baseline, scores of an idea and its words, and what is printed
+    "nothing": ([], [], "", "nothing was tried yet"),
+    "only a crash": ([None], [], "", "1 runs: 1 crash"),
+    "crashed first": ([None, 1.5], [1.4], "y", "baseline 1.500000"),
+    "noise unknown": ([1.5], [1.4], "y", "noise floor unknown"),
+    "named like the baseline": ([1.5], [1.4], "baseline", "baseline 1.500000"),
+    "dollars": ([1.5], [1.4], "costs_$5_\\frac_$x^", "costs_$5"),
+    "quotes": ([1.5], [1.4], '"wide', '"wide'),
 }
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_ledgers_of_strangers_are_shown(cells, tmp_path, name):
-    rows, scores, words = AWKWARD[name]
-    if rows is not None:
-        lines = [row.replace(" ", "\t") + "\n" for row in rows]
-        (tmp_path / "results.tsv").write_text(HEADER + "".join(lines) if rows else "")
+def test_awkward_nights_are_shown(book, cells, name):
+    scores, idea, message, words = AWKWARD[name]
+    for seed, score in enumerate(scores, 1):
+        book.run(book.start, "baseline", seed, score, journal=None)
+    if idea:
+        book.idea(message, *idea, journal=None)
     found, text = cells()
-    assert list(found["scored"]["val_bpb"]) == scores and words in text
-    assert list(found["kept"]["val_bpb"]) == scores
+    scores = [score for score in (*scores, *idea) if score]
+    assert list(found["scored"]["val_bpb"]) == list(found["kept"]["val_bpb"]) == scores and words in text
     assert math.isnan(found["noise"]) and not any(found["kept"]["verdict"])
     assert found["conclusion"].startswith("Nothing can be said")
+
+
+def test_without_a_night(cells, tmp_path):
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "results.tsv").write_text(HEADER + "aaaaaaa\t1.5\t1\tkeep\tof another\n")
+    found, text = cells()
+    assert found["runs"].empty and text.startswith("no night on ") and "of another" not in text
 
 
 def test_an_empty_night(book, cells, tmp_path):
@@ -214,13 +220,19 @@ def test_an_empty_night(book, cells, tmp_path):
     assert found["runs"].empty and "nothing was tried yet" in text and "of another" not in text
 
 
-def test_labels_do_not_collide(cells, tmp_path):
+def test_labels_do_not_collide(book, cells):
     """Of 30 keeps side by side, some with equal scores, in a long night; all of the list is in the picture."""
-    rows = ["aaaaaaa\t1.0\t1\tkeep\tbaseline\n"] * 3
-    for i in range(1, 31):  # each has two runs, and its number belongs between them
-        rows += [f"{i:07}\t{1 - i // 3 * 0.001 + more}\t1\tkeep\t{'a long story ' * 9}\n" for more in (0, 0.0006)]
-    rows += [f"{i:07}\t1.0\t1\tdiscard\tx\n" for i in range(31, 200)]
-    (tmp_path / "results.tsv").write_text(HEADER + "".join(rows))
+    book.baseline()
+    line = {"kind": "run", "time": "2026-11-01T01:00:00+00:00", "role": "idea", "state": "scored"}
+    for i in range(1, 200):
+        line |= {"commit": f"{i:040}", "description": "x"}
+        scores = [1.0]
+        if i <= 30:  # each has two runs, and its number belongs between them
+            scores = [1 - i // 3 * 0.001, 1.0006 - i // 3 * 0.001]
+            line["description"] = "a long story " * 9
+        for seed, score in enumerate(scores, 1):
+            book.add(book.record, line | {"run": f"{i}-{seed}", "seed": seed, "val_bpb": score})
+        book.decide(line["commit"], "keep" if i <= 30 else "discard")
     figure = cells()[0]["figure"]
     renderer = FigureCanvasAgg(figure).get_renderer()
     axes = figure.axes[0].get_window_extent(renderer)
