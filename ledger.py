@@ -351,6 +351,7 @@ def start(tag, until):
         raise SystemExit("\n".join(f"- {problem}" for problem in problems))
     benchmark = (find_home() / "current").read_text().strip()
     words = {"kind": "start", "time": now(), "tag": tag, "until": until, "benchmark": benchmark, "device": device}
+    warnings = clients.warnings()
     checks.first_commit(tag, json.dumps(words))
 
     # a results.tsv of another night, or of another program
@@ -369,7 +370,7 @@ def start(tag, until):
     if until == "never":
         print("(a night without an end has no final runs, so no gain to report: `uv run ledger.py until now` ends it)")
     print(f"benchmark {night.benchmark}, {load_budget(night):g} s a run, on {night.device or 'a cluster'}")
-    print_problems(clients.warnings())
+    print_problems(warnings)
     print_next(night)
 
 
@@ -434,7 +435,7 @@ def is_open():
 
 
 def parse_arguments(arguments=None):
-    parser = OneLineParser(description="The books of a night: see program.md.", allow_abbrev=False)
+    parser = OneLineParser(description="The commands of a night: see program.md.", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print the night for programs")
     commands = parser.add_subparsers(dest="command", metavar="start | run | keep | discard | until | open")
     begin = commands.add_parser("start", allow_abbrev=False, help="check everything and make the branch")

@@ -411,7 +411,7 @@ class TrainingClock:
             raise RuntimeError("the clock is not running")
         self.stopped = time.monotonic()
         self.rows = rows_served["train"] - self.rows_before
-        self.recompiled = pace.count_graphs() - self.graphs_before
+        self.recompiled = max(0, pace.count_graphs() - self.graphs_before)
 
     def tick(self, loss=None):
         """Call this after each step. `loss`: a float for the mean losses in the journal; may be of an earlier step."""

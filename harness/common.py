@@ -75,17 +75,21 @@ def end_with_reason(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         return
     sys.__excepthook__(kind, error, trace)
+
+    # where in train.py: its deepest frame, or what torch.compile says of the code
     lines = [frame.lineno for frame in traceback.extract_tb(trace) if Path(frame.filename).name == "train.py"]
-    lines += re.findall(r'train\.py", line (\d+)', str(error))  # in compiled code
-    print(f"{CRASHED}{cause_of(error)}" + "".join(f", train.py:{line}" for line in lines[-1:]), file=sys.stderr)
+    lines += re.findall(r'train\.py", line (\d+)', str(error))
+    place = "".join(f", train.py:{line}" for line in lines[-1:])
+    print(f"{CRASHED}{cause_of(error)[:180]}{place}", file=sys.stderr)
 
 
 def cause_of(error):
     """An exception on one line; where torch.compile has wrapped another one, that one."""
+    # "Explanation: Dynamo failed to run ...: got RuntimeError('a and b must have same reduction dim')"
     met = re.search(r"\bgot (\w+)\((['\"])(.*?)\2\)", str(error))
     if met and type(error).__module__.startswith("torch._dynamo"):
-        return f"{met[1]}: {met[3]}"[:200]
-    error = getattr(error, "inner_exception", error)
+        return f"{met[1]}: {met[3]}"
+    error = getattr(error, "inner_exception", None) or error
     return f"{type(error).__name__}: {first_line(error)}"
 
 

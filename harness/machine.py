@@ -1,4 +1,4 @@
-"""This machine: devices and their locks, cores, memory, a kernel that only some GPUs have, and what disturbs a run."""
+"""This machine: devices and their locks, cores, memory, and a kernel that only some GPUs have."""
 
 import contextlib
 import ctypes
@@ -31,6 +31,8 @@ PEAK_FLOPS = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
 }
+
+THREADS = torch.get_num_threads()  # OMP_NUM_THREADS may say less than the machine has; a train.py may change it later
 
 # Files with the quota of a container, microseconds of all cores, and its period: of cgroup v2, and of v1
 CPU_QUOTAS = [["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]]
@@ -140,8 +142,7 @@ def device_name(device):
     """The GPU's name, or what kind of processor this is and on how many of its cores torch computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = min(torch.get_num_threads(), usable_cores())  # OMP_NUM_THREADS may say less
-    return f"{device.type} {platform.machine()} x{threads}"
+    return f"{device.type} {platform.machine()} x{min(THREADS, usable_cores())}"
 
 
 def peak_memory_mb(device):

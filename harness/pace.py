@@ -59,10 +59,13 @@ def report_recompiling(count):
     if count == 0:
         return
     events = sys.modules["torch._dynamo"].utils.get_compilation_metrics()
-    last = [event for event in events if event.co_name][-1]  # those of a backward have no name
-    place = f"{last.co_name}() at {Path(last.co_filename).name}:{last.co_firstlineno}"
-
-    # "0/1: self.cap == 14.0   # def forward(self, x): ..."
-    guard = (last.recompile_reason or "").partition("#")[0].partition(": ")[2].strip()
-    why = f" (failed guard: {guard})" if guard else " (for the first time)"
-    print(f"recompiled {count} times while the clock ran, last {place}{why}: pass what changes as a tensor")
+    last = ""
+    for event in events:
+        if event.co_name:  # those of a backward have none
+            # "0/1: self.cap == 14.0   # def forward(self, x): ..."
+            guard = (event.recompile_reason or "").partition("#")[0].partition(": ")[2].strip()
+            last = f", last {event.co_name}() at {Path(event.co_filename).name}:{event.co_firstlineno}"
+            # none where a function was compiled for the first time
+            if guard:
+                last += f" (failed guard: {guard})"
+    print(f"recompiled {count} times while the clock ran{last}: pass what changes as a tensor")

@@ -20,6 +20,7 @@ from harness.common import first_line
 LINES = (
     "uv run ledger.py",
     "uv run ledger.py run",
+    'uv run python -c "import train"',
     "git commit -q -m 'an idea' -- train.py",
     "git reset -q --keep HEAD^",
 )
@@ -31,21 +32,21 @@ def warnings():
 
 
 def home_of(variable, folder):
-    return Path(os.environ.get(variable) or Path("~", folder).expanduser())
+    return Path(os.environ.get(variable) or os.path.expanduser(f"~/{folder}"))
 
 
 def claude_warnings():
     found = []
     of_user = home_of("CLAUDE_CONFIG_DIR", ".claude") / "settings.json"
     for path in (of_user, common.ROOT / ".claude" / "settings.local.json"):
-        if not path.exists():
-            continue
         try:
             # a mode of the user's own gives way to that of this repository, another local one does not
             permissions = json.loads(path.read_text()).get("permissions", {})
             rules = [*permissions.get("deny", []), *permissions.get("ask", [])]
             if path != of_user and permissions.get("defaultMode") == "plan":
                 found.append(f'{path} has "defaultMode": "plan", so Claude Code edits nothing: remove it')
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except (OSError, ValueError, AttributeError, TypeError) as error:
             found.append(f"{path} can't be read, so Claude Code may refuse anything: {first_line(error)}")
             continue
@@ -61,9 +62,9 @@ def refused_by_claude(rule):
     # Bash, Bash(git *), Bash(git:*), Edit(/train.py)
     tool, _, pattern = rule.rstrip(")").partition("(")
     pattern = re.sub(r":\*$", "*", pattern) or "*"
-    if tool in ("Edit", "Write"):
+    if tool == "Edit":
         # as in .gitignore
-        in_a_folder = re.sub(r"^(\./|/|\*\*/)", "", pattern)
+        in_a_folder = re.sub(r"^(\./|/)?(\*\*/)*", "", pattern)
         if fnmatch.fnmatchcase("train.py", in_a_folder):
             return "the edit of train.py"
     if tool != "Bash":
@@ -96,14 +97,16 @@ def read_prefix_rules(text):
     rules = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "prefix_rule":
-            values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
-            rules.append((values.get("pattern", []), values.get("decision", "allow")))
+            given = dict(zip(("pattern", "decision"), node.args, strict=False))
+            given |= {keyword.arg: keyword.value for keyword in node.keywords}
+            values = {name: ast.literal_eval(given[name]) for name in ("pattern", "decision") if name in given}
+            rules.append((values.get("pattern"), values.get("decision", "allow")))
     return rules
 
 
 def has_prefix(words, pattern):
     """Whether a command begins like that. A part of a pattern is a word, or a list of words of which one is there."""
-    if len(pattern) > len(words):
+    if not isinstance(pattern, list) or not 0 < len(pattern) <= len(words):
         return False
     choices = [part if isinstance(part, list) else [part] for part in pattern]
     return all(word in choice for word, choice in zip(words, choices, strict=False))

@@ -119,11 +119,9 @@ def scored_lines(state, scored, night):
         reason = f"on {scored['device']}, the night is on {night.device}"
         return [line | {"state": "elsewhere", "reason": reason}]
 
-    # disturbed runs: this one, or earlier ones; a run that recompiled was slow by itself
-    if scored.get("recompiled"):
-        return [line]
+    # disturbed runs: this one, or earlier ones; one that recompiled had slow steps of its own
     slow, steps = scored["slow_steps_percent"], scored["steps"]
-    if slow > SLOW_FLAG:
+    if slow > SLOW_FLAG and not scored.get("recompiled"):
         return [disturbed(line, f"{slow:.0f}% of the time in slow steps", night)]
     if steps < SLOW_RUN * most:
         return [disturbed(line, f"{steps} steps, another run of it made {most}", night)]

@@ -148,6 +148,7 @@ class Keeper:
         names["BENCHMARK"] = state["benchmark"]
         names["HOME"] = str(find_home())  # which may be relative to the folder of the repository
         environment = os.environ | {f"AUTORESEARCH_{name}": value for name, value in names.items()}
+        environment["PYTHONUNBUFFERED"] = "1"  # so that the last line of the log is what was printed last
         options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=[self.lock])
         command = [state["python"], "train.py"]
         self.process = subprocess.Popen(command, cwd=self.place / "run", start_new_session=True, **options)

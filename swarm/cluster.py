@@ -49,7 +49,9 @@ def asking():
         yield
     except (OSError, RuntimeError, RayStateApiException) as error:
         # Ray may send the traceback of its own process: its last line says why
-        words = str(error).strip().rpartition("\n")[2] if "Traceback" in str(error) else error
+        words = str(error).rstrip(". \n")
+        if "Traceback" in words:
+            words = words.rpartition("\n")[2]
         reason = f"the cluster at {os.environ[ADDRESS]} does not answer: {first_line(words)}"
         raise SystemExit(f"{reason}; where it has ended, the human runs {START}") from None
 

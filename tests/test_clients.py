@@ -51,7 +51,7 @@ class Client(Agent):
         super().__init__(folder, environment, {})
         self.name, self.home = name, home
         self.benchmarks = Path(environment["AUTORESEARCH_HOME"])
-        kept = ("PATH", "AUTORESEARCH_HOME", "GIT_CONFIG_GLOBAL", "TORCHDYNAMO_DISABLE")
+        kept = ("PATH", "AUTORESEARCH_HOME", "GIT_CONFIG_GLOBAL", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS")
         self.own = {key: environment[key] for key in kept} | dict.fromkeys(QUIET, "1")
         self.own |= {"HOME": str(home), "TMPDIR": str(home.parent / "tmp"), "TERM": "dumb"}
         self.own |= {"KEY": "none", "ANTHROPIC_API_KEY": "none"}

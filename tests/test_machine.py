@@ -173,7 +173,7 @@ def test_cores_that_this_process_may_use(name, tmp_path, monkeypatch):
     """A score of fewer cores must not be called one of the whole machine."""
     affinity, quota, threads, cores = CORES[name]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(machine, "THREADS", threads)
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     (tmp_path / "cpu").mkdir()
     files = machine.CPU_QUOTAS["\n" in quota]

@@ -225,6 +225,7 @@ def test_crash(name, clone):
     commit = clone.idea(*parts)
     assert f"decision: discard {commit}, crashed: {reason}" in clone.ledger("run")
     assert clone.states() == [("crash", 1)] and clone.reasons()[0][1].startswith(reason)
+    assert "train.py:" in clone.reasons()[0][1] or TORCH not in parts
     assert clone.rows()[4:] == [[commit, "0.000000", "0.0", "crash", "an idea, seed 1"]]
 
 

@@ -65,7 +65,9 @@ def test_requests_take_no_proxy(before, after, monkeypatch):
 def test_errors_of_the_cluster(monkeypatch):
     pytest.importorskip("ray", reason="needs the dependency group `cluster`")
     monkeypatch.setenv(cluster.ADDRESS, "http://a")
-    words = "status code 500: Traceback (most recent call last):\n  File a, line 1\nValueError: too large\n"
+    words = (
+        "Request failed with status code 500: Traceback (most recent call last):\n  File a\nValueError: too large\n."
+    )
     with pytest.raises(SystemExit, match="http://a does not answer: ValueError: too large; where"), cluster.asking():
         raise RuntimeError(words)
 

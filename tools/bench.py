@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 ROUNDS, SECONDS = 3, 10
+TICK_SECONDS = 300  # without a step
 LOOK_RUNS = 5000
 AGENTS, AGENT_RUNS = 100, 1_000  # of a hub
 
@@ -155,7 +156,9 @@ def main():
 
 def compare(steps, seeds, commits):
     """Train each commit's train.py for so many steps, seed by seed in turns; print scores, and gains over the first."""
-    from night.runner import write_files  # not above: it loads our harness, and train_steps() needs that of its commit
+    # not above: this loads our harness, and train_steps() needs that of its commit
+    from harness.common import find_home
+    from night.runner import write_files
 
     found = {commit: [] for commit in commits}
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +166,7 @@ def compare(steps, seeds, commits):
             write_files(Path(folder, commit), commit)
         for seed in seeds:
             for commit in commits:
-                environment = os.environ | {"AUTORESEARCH_SEED": str(seed)}
+                environment = os.environ | {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_HOME": str(find_home())}
                 command = [sys.executable, __file__, "train", str(steps)]
                 options = dict(cwd=Path(folder, commit), env=environment, check=True, text=True)
                 output = subprocess.run(command, stdout=subprocess.PIPE, **options).stdout
@@ -191,6 +194,9 @@ def train_steps(steps):
     sys.path.insert(0, os.getcwd())
     import prepare
 
+    if not hasattr(prepare, "score"):
+        sys.exit("bench.py: the harness of this commit is too old")
+
     class Clock(prepare.TrainingClock):
         """Each step takes the same share of the budget."""
 
@@ -199,6 +205,8 @@ def train_steps(steps):
 
         @property
         def elapsed(self):
+            if not self.ticks and self.started and time.monotonic() - self.started > TICK_SECONDS:
+                sys.exit("bench.py: this train.py does not call clock.tick()")
             return len(self.ticks) / (steps + 0.5) * self.benchmark.time_budget
 
     def evaluate_bpb(model, benchmark, batch_size, clock):

@@ -27,7 +27,7 @@ SHAPE = ["--dataset", "local", "--seq-len", "2048", "--vocab-size", "8192"]
 SHAPE += ["--val-rows", "1024", "--holdout-rows", "256"]
 OVERHEAD = 60  # seconds that a run takes beside its training, until one has been seen
 SMOKE_SECONDS = 20  # of the first two runs, cold and warm
-REPORTS = "attention:.*not used|COMPILE:|DEVICE_BATCH|step .*usual"  # lines of a log that are shown
+REPORTS = "attention:.*not used|COMPILE:|DEVICE_BATCH|step .*usual|recompiled"  # lines of a log that are shown
 
 # The best public run of five minutes has these
 SMALL_BATCH = dict(TOTAL_BATCH_SIZE=2**17, MATRIX_LR=0.02, EMBEDDING_LR=0.7, UNEMBEDDING_LR=0.008)
