@@ -97,8 +97,7 @@ def read_prefix_rules(text):
     rules = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "prefix_rule":
-            given = dict(zip(("pattern", "decision"), node.args, strict=False))
-            given |= {keyword.arg: keyword.value for keyword in node.keywords}
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
             values = {name: ast.literal_eval(given[name]) for name in ("pattern", "decision") if name in given}
             rules.append((values.get("pattern"), values.get("decision", "allow")))
     return rules

@@ -224,11 +224,14 @@ CLIENTS = {  # file of the user's, what it has, and what would be refused
     "no JSON": ("user", None, "can't be read, so Claude Code may refuse anything"),
     "prompt": ("rules", 'prefix_rule(pattern = ["git", ["commit", "push"]], decision = "prompt")', "git commit -q -m"),
     "forbidden": ("rules", 'prefix_rule(pattern = ["uv", "run"], decision = "forbidden")', "uv run ledger.py"),
-    "by position": ("rules", 'prefix_rule(["git", "reset"], "forbidden", reason = "a" + "b")', "git reset -q --keep"),
+    "with a reason": (
+        "rules",
+        'prefix_rule(pattern = ["git", "reset"], decision = "forbidden", justification = "a" + "b")',
+        "git reset -q --keep",
+    ),
     "no rules": ("rules", "prefix_rule(", "can't be read, so Codex may refuse anything"),
     # of no concern
     "plan of the user": ("user", {"defaultMode": "plan"}, ""),
-    "no pattern": ("rules", 'prefix_rule(pattern = None, decision = "forbidden")', ""),
     "other commands": ("user", {"deny": ["Bash(git push *)", "Bash(rm:*)", "WebFetch", "Edit(/src/**)"]}, ""),
     "allowed": ("rules", 'prefix_rule(pattern = ["git"], decision = "allow")', ""),
     "other rules": ("rules", 'prefix_rule(pattern = ["git", "push"], decision = "forbidden")', ""),
