@@ -22,7 +22,7 @@ LINES = (
     "uv run ledger.py run",
     'uv run python -c "import train"',
     "git commit -q -m 'an idea' -- train.py",
-    "git reset -q --keep HEAD^",
+    "git reset -q --keep HEAD",
 )
 
 

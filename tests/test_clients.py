@@ -296,7 +296,7 @@ def test_the_rules_of_the_user(case, client):
     assert refused in client.run("ledger.py", "start", "test", "--until", "never").stdout
     old, path = "COMPILE = True  # torch.compile", client.path("train.py")
     steps = [{"name": "read", "read": path}, {"name": "edit", "edit": [path, old, old.replace("True", "not False")]}]
-    steps += lines("uv run ledger.py", "git commit -q -m 'an idea' -- train.py", "git reset -q --keep HEAD^")
+    steps += lines("uv run ledger.py", "git commit -q -m 'an idea' -- train.py", "git reset -q --keep HEAD")
     came = client.play(steps)
     words = ("denied", "requested permissions", "plan mode", "ejected(")
     ended = [name for name, line in came.items() if any(word in line["result"] for word in words)]

@@ -213,7 +213,7 @@ def test_start_refuses_and_leaves_all_as_it_was(name, clone, monkeypatch):
 
 
 CLIENTS = {  # file of the user's, what it has, and what would be refused
-    "deny": ("user", {"deny": ["Bash(git reset *)"]}, "git reset -q --keep HEAD^"),
+    "deny": ("user", {"deny": ["Bash(git reset *)"]}, "git reset -q --keep HEAD"),
     "ask": ("user", {"ask": ["Bash(git commit:*)"]}, "git commit -q -m 'an idea' -- train.py"),
     "ask for all of uv": ("user", {"ask": ["Bash(uv *)"]}, "uv run ledger.py"),
     "ask for any command": ("local", {"ask": ["Bash"]}, "uv run ledger.py"),
@@ -227,7 +227,7 @@ CLIENTS = {  # file of the user's, what it has, and what would be refused
     "with a reason": (
         "rules",
         'prefix_rule(pattern = ["git", "reset"], decision = "forbidden", justification = "a" + "b")',
-        "git reset -q --keep",
+        "git reset -q --keep HEAD",
     ),
     "no rules": ("rules", "prefix_rule(", "can't be read, so Codex may refuse anything"),
     # of no concern
