@@ -6,7 +6,6 @@ real bare repository. Their scores are made up: nothing trains here.
 import json
 import math
 import re
-import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from conftest import Agent, ask_no_torch, new_repository
 
 from harness.common import now
 from night.record import LONGEST_LINE, parse_night
-from swarm.hub import parse_arguments
 from swarm.share import UNKNOWN
 
 CPU, GPU = "cpu x86_64 x2", "NVIDIA H100 80GB HBM3"
@@ -522,26 +520,6 @@ def test_join_refuses(hub):
     ada.git("checkout", "-q", "main")
     assert ada.run("ledger.py", "start", "alone", "--until", "never").returncode == 0
     assert "alone is on no hub: join one" in ada.hub("exchange", code=1)
-
-
-WRONG = {
-    "invalid choice": ["push"],
-    "required: --agent": ["join url --tag t"],
-    "argument --tag: take letters": ["join url --tag a/b --agent a"],
-    "argument --agent: take letters": ["join url --tag t --agent 'a b'", "join url --tag t --agent .."],
-    "must be a url|required": ["join -- --upload-pack=x --tag t --agent a"],
-    "7 digits or more": ["adopt abc123", "adopt HEAD"],
-    "must be one line": ["say ' '", "say 'a\nb'", f"say {'a' * 501}", "say 'orders to a terminal: \x1b[2J'"],
-}
-
-
-@pytest.mark.parametrize("reason", WRONG)
-def test_wrong_arguments(reason, capsys):
-    for line in WRONG[reason]:
-        with pytest.raises(SystemExit) as stopped:
-            parse_arguments(shlex.split(line))
-        output = capsys.readouterr().err
-        assert stopped.value.code == 2 and re.search(reason, output) and output.count("\n") == 1
 
 
 # --------------------------------------

@@ -162,6 +162,7 @@ FINALS = [(commit, seed, 0.98, "final") for seed in (4, 5) for commit in (S, A)]
 CLOSE = [(S, 4, 0.98, "final"), (A, 4, 0.979, "final"), (S, 5, 0.98, "final"), (A, 5, 0.979, "final")]
 GONE = {"state": "crash", "exit": None, "reason": "3 times ended from outside"}
 UNTIL = {"kind": "end", "until": "never"}
+PRUNED = {"description": "prune the smear"}
 
 
 def back(commit=S):
@@ -248,6 +249,7 @@ NIGHTS = {  # night -> command, words of the reason, the run if it is one
     "not yet pruning": (night_of(*KEPT, *WORSE[:4], at=A), IDEA, "git commit", None),
     "stuck": (night_of(*BASE, *WORSE[:5]), IDEA, "5 ideas in a row were not kept: change the structure", None),
     "not yet stuck": (night_of(*BASE, *WORSE[:4]), IDEA, "git commit", None),
+    "pruned": (night_of(*KEPT, *WORSE[:6], (B, 1, 1.1, PRUNED), WORSE[7], at=A), IDEA, "8 ideas in a row", None),
     # the end
     "before the time": (night_of(*KEPT, at=A, until=END, time="2026-11-28T06:59:59+00:00"), IDEA, "git commit", None),
     "at the time": (night_of(*KEPT, at=A, until=END, time=END), RUN, "the end", ("final", S, 4)),
@@ -325,8 +327,9 @@ def test_a_hand_decision_is_never_superseded_by_the_rule():
     night = night_of(*BASE, GOOD[0], decision_line(A, "keep", "hand"), at=A)
     night.add(decision_line(A, "discard"))
     assert night.last_keep == A and next_step(night).kind == "idea"
-    night.add(decision_line(A, "discard", "hand"))
-    assert night.last_keep == S
+    for decision in (decision_line(A, "discard", "hand"), decision_line(A, "keep")):
+        night.add(decision)
+        assert night.last_keep == S
 
 
 @pytest.mark.parametrize(("second", "verdict"), [(1.0, "keep"), (1.0001, "discard")])

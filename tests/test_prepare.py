@@ -182,28 +182,6 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        "--dataset wikipedia",
-        "--seq-len 0",
-        "--time-budget 0",
-        "--time-budget nan",
-        "--vocab-size 70000",
-        "--val-rows -1",
-        "--num-shards 9999",
-        "--num-shards 3 --dataset local",
-        "--text a.txt --dataset tinystories",
-        "--bogus",
-    ],
-)
-def test_bad_arguments(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        prepare.parse_arguments(arguments.split())
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and arguments.split()[0] in lines[0]
-
-
-@pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
         ({}, [], "no such file or folder"),

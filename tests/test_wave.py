@@ -22,23 +22,6 @@ from night.rules import needed_on_cluster
 from night.steps import WAVE_RUN
 from swarm import cluster, wave
 
-WRONG = {
-    "new": ["", "a/b", "..", "-x"],
-    "commit": ["", "deeper"],
-    "run": ["--cpus 0", "--gpus 1 --cpus 1", "--wait soon", "--wait 0", "deeper"],
-    "submit": [""],
-    "": [""],
-}
-
-
-@pytest.mark.parametrize("command", WRONG)
-def test_lines_that_are_refused(command, capsys):
-    for words in WRONG[command]:
-        with pytest.raises(SystemExit) as error:
-            wave.parse_arguments(f"{command} {words}".split())
-        assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
 # --------------------------------------
 # Requests
 
