@@ -36,6 +36,7 @@ from night.steps import RUN, next_step
 from night.view import move_aside, rows_of, write_view
 
 LAST_ROWS = 10  # that the status shows
+SPEED_GAIN = 0.11  # of val_bpb for e times the steps: on two cores 1% of them is worth 0.0011
 POLL_SECONDS = 0.3  # between looks at a run that goes on
 IDEAS = "# Ideas\n\n## From the human\n\n## Backlog\n\n## What each try taught\n"
 
@@ -286,6 +287,10 @@ def print_run(run, night, journal, log):
     if keeps and run.commit != keep:
         speed = f"{keeps[-1].steps:,} steps, {keeps[-1].tokens_per_second:,.0f} tokens/s"
         print(f"last keep:      {as_curve(keeps[-1].losses)}, seed {keeps[-1].seed}, {speed}")
+    speed = ends.machine_speed(run.product_ms, night)
+    if not math.isnan(speed):
+        worth = SPEED_GAIN * math.log(speed)
+        print(f"machine: at {speed:.2f} of its speed in the night's median run, worth about {worth:+.3f}")
     warnings = [flag for line in journal if line.get("run") == run.run for flag in flags(line)]
     print_problems(warnings + ends.fallbacks(log))
     decision = night.attempt(run.commit).decision

@@ -385,6 +385,7 @@ class TrainingClock:
         self.training_seconds = 0.0  # from start() to the score; check() sets it
         self.ticks = []  # (elapsed seconds, training rows so far) at the end of each step
         self.losses = [[] for _ in range(TENTHS)]
+        self.speed = pace.SpeedProbe(self.device)
         journal.refuse_unwritable(benchmark.path)
         self.lock = DeviceLock(self.device)
         self.watch(SETUP_SECONDS)
@@ -416,6 +417,7 @@ class TrainingClock:
     def tick(self, loss=None):
         """Call this after each step. `loss`: a float for the mean losses in the journal; may be of an earlier step."""
         self.ticks.append((self.elapsed, rows_served["train"]))
+        self.speed.look(self.elapsed)
         if loss is not None:
             self.losses[min(int(self.progress * TENTHS), TENTHS - 1)].append(float(loss))
 
@@ -596,6 +598,7 @@ def describe_run(benchmark, clock, scores):
         "total_seconds": round(clock.total_seconds, 3),
         "slow_steps_percent": round(clock.slow_steps_percent, 1),
         "recompiled": clock.recompiled,
+        "product_ms": clock.speed.result,
         "steps": len(clock.ticks),
         "losses": clock.mean_losses,
         "tokens": clock.rows * benchmark.max_seq_len,

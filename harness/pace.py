@@ -1,9 +1,13 @@
 """Whether something made a run slower than its train.py is: a busy machine, or the compiler at work meanwhile."""
 
+import functools
+import statistics
 import sys
+import timeit
 from pathlib import Path
 
 import numpy as np
+import torch
 
 SLOW_STEP = 1.5  # a step that took longer than this many usual ones was disturbed
 BLOCKS = 8  # parts of a run, by steps, whose medians tell what is usual
@@ -12,6 +16,48 @@ BLOCKS = 8  # parts of a run, by steps, whose medians tell what is usual
 LONG_STEP = 10  # medians, at least
 LONG_SHARE = 0.02  # of the run's seconds, at least
 LONE_STEPS = 3  # slow steps in a run, at most
+
+PROBE_SECONDS = 0.8  # of a run, between two probes of the machine's speed
+PROBE_PRODUCTS = 5  # in a probe, some 4 ms: half a percent of a run
+
+
+class SpeedProbe:
+    """
+    How fast the machine is during a run, whatever its train.py does: the time of one product of two matrices.
+
+    A shared CPU drifts within seconds, so that what is measured before or after a run says little of it. Where a probe
+    would wait for the steps that a GPU has in its queue, nothing is measured.
+    """
+
+    def __init__(self, device):
+        self.measures = device.type == "cpu"
+        self.last = 0.0
+        self.milliseconds = []
+
+        # of the shapes of a small model; constants, because the random numbers of torch are the model's
+        options = dict(dtype=torch.float32, device="cpu")
+        a, b, out = (torch.ones(shape, **options) for shape in ((2048, 128), (128, 512), (2048, 512)))
+        self.product = functools.partial(torch.mm, a, b, out=out)
+
+    def look(self, elapsed):
+        """Measure, if it is time to."""
+        if not self.measures or elapsed < self.last + PROBE_SECONDS:
+            return
+
+        # the median of few, because others may take the processor for a moment
+        self.last = elapsed
+        _, *seconds = timeit.repeat(self.product, number=1, repeat=PROBE_PRODUCTS)  # the first one fills the caches
+        self.milliseconds.append(1000 * statistics.median(seconds))
+
+    @property
+    def result(self):
+        """
+        Milliseconds of a product, their harmonic mean over the run, for steps are made at the mean speed; None where
+        nothing was measured.
+        """
+        if not self.milliseconds:
+            return None
+        return round(statistics.harmonic_mean(self.milliseconds), 4)
 
 
 def slow_share(seconds, rows):

@@ -4,10 +4,12 @@ How a run has ended: what is recorded of it, and why it has no score.
 Sections: Settle, Reasons.
 """
 
+import math
 import os
 import platform
 import re
 import signal
+import statistics
 from datetime import datetime
 from pathlib import Path
 
@@ -19,6 +21,12 @@ from night.runner import last_line, read_log
 from night.state import HIGHEST_SCORE
 
 SLOW_RUN = 0.5  # of the most steps that a counted run of the same commit has made
+SLOW_MACHINE = 0.85  # of the usual speed
+LEAST_SPEEDS = 3  # runs that tell what is usual
+
+# Seconds of a step grow as the time of a product to this power: in 25 runs of three models on two shared cores that
+# explained 94 to 98% of the variance of a model's steps
+STEP_POWER = 1.3
 
 # --------------------------------------
 # Settle
@@ -106,6 +114,7 @@ def scored_lines(state, scored, night):
         "steps": scored["steps"],
         "tokens_per_second": round(scored["tokens"] / seconds, 1),
         "slow_steps_percent": scored["slow_steps_percent"],
+        "product_ms": scored.get("product_ms"),
         "losses": scored.get("losses", []),
     }
     others = [run for run in night.attempt(state["commit"]).runs.values() if run.counts]
@@ -125,6 +134,12 @@ def scored_lines(state, scored, night):
         return [disturbed(line, f"{slow:.0f}% of the time in slow steps", night)]
     if steps < SLOW_RUN * most:
         return [disturbed(line, f"{steps} steps, another run of it made {most}", night)]
+
+    # a slow hour may go on, and costs no idea: the third run of a seed counts
+    speed = machine_speed(line["product_ms"], night)
+    last = times_disturbed(line, night) == rules.MOST_DISTURBED - 1
+    if speed < SLOW_MACHINE and not last and not scored.get("recompiled"):
+        return [line | {"state": "disturbed", "reason": f"the machine ran at {speed:.2f} of its usual speed"}]
     found = [line]
     for run in others:
         if run.steps < SLOW_RUN * steps:
@@ -135,10 +150,24 @@ def scored_lines(state, scored, night):
 
 def disturbed(line, reason, night):
     """A run that something else has slowed down. Its seed runs again; the third time it is a crash."""
-    earlier = [run for run in same_seed(line, night) if run.state == "disturbed"]
-    if len(earlier) + 1 < rules.MOST_DISTURBED:
+    if times_disturbed(line, night) < rules.MOST_DISTURBED - 1:
         return line | {"state": "disturbed", "reason": reason}
     return line | {"state": "crash", "reason": f"disturbed {rules.MOST_DISTURBED} times: {reason}"}
+
+
+def times_disturbed(line, night):
+    return sum(run.state == "disturbed" for run in same_seed(line, night))
+
+
+def machine_speed(product_ms, night):
+    """
+    How many steps the machine would have made during a run, as a share of those that it makes in the night's median
+    run, whatever train.py does: see harness/pace.py. NaN where that is not known, as on a GPU.
+    """
+    known = [run.product_ms for run in night.runs.values() if run.product_ms and run.device == night.device]
+    if not product_ms or len(known) < LEAST_SPEEDS:
+        return math.nan
+    return (statistics.median(known) / product_ms) ** STEP_POWER
 
 
 def same_seed(state, night):

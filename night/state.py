@@ -32,6 +32,7 @@ class Run:
     steps: int = 0
     tokens_per_second: float = 0.0
     slow_steps_percent: float = 0.0
+    product_ms: float | None = None  # of the machine meanwhile: see ends.machine_speed
     losses: list = field(default_factory=list)  # means of the tenths of the run
     exit: int | None = None  # exit code, or minus the signal; None where nobody saw the end
     reason: str = ""

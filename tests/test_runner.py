@@ -60,7 +60,7 @@ clock.stop()
 prepare.evaluate_bpb(Uniform(), benchmark, 8, clock)
 """
 LINE = {"time": "2026-11-28T01:00:00+00:00", "dirty": False, "val_bpb": 1.0, "steps": 100, "tokens": 6400}
-LINE |= {"training_seconds": 3.0, "peak_memory_mb": 2048.0, "slow_steps_percent": 0.0}
+LINE |= {"training_seconds": 3.0, "peak_memory_mb": 2048.0, "slow_steps_percent": 0.0, "product_ms": 1.0}
 
 
 class Clone(Agent):
@@ -249,6 +249,10 @@ DISTURBED = {
     "half": ([dict(steps=100), dict(steps=40), {}], [("scored", 1), ("disturbed", 2), ("scored", 2)]),
     "earlier": ([dict(steps=40), dict(steps=100), {}], [("disturbed", 1), ("scored", 2), ("scored", 1)]),
     "elsewhere": ([dict(device="another"), {}], [("elsewhere", 1), ("scored", 1)]),
+    "slow machine": ([dict(product_ms=1.2)] * 3, [("disturbed", 1), ("disturbed", 1), ("scored", 1)]),
+    "slower machine": ([dict(product_ms=1.1)], [("scored", 1)]),
+    "slow machine that recompiled": ([dict(product_ms=1.2, recompiled=9)], [("scored", 1)]),
+    "a GPU": ([dict(product_ms=None)], [("scored", 1)]),
 }
 
 
@@ -260,6 +264,15 @@ def test_disturbed(name, clone):
         clone.scores_next(val_bpb=0.9, **values)
         clone.ledger("run")
     assert clone.states() == states
+
+
+def test_the_speed_of_the_machine_stands_beside_a_score(clone):
+    """Checks the closed form with a machine whose products take a fifth longer than in the runs of the baseline."""
+    clone.idea("# better", TRAIN)
+    clone.scores_next(val_bpb=0.9, product_ms=1.2)
+    output = clone.ledger("run")
+    assert f"machine: at {1.2**-1.3:.2f} of its speed in the night's median run, worth about -0.026" in output
+    assert clone.reasons() == [("disturbed", "the machine ran at 0.79 of its usual speed")]
 
 
 # --------------------------------------
@@ -544,18 +557,12 @@ def test_the_files_are_those_of_the_commit(clone):
     assert clone.states() == [("scored", 1), ("scored", 2)]
 
 
-def test_uncommitted_changes_are_refused(clone):
+def test_uncommitted_changes_and_another_harness_are_not_run(clone):
+    keep = clone.head()
     clone.idea("# no better", TRAIN)
     (clone.folder / "train.py").write_text("")
-    output = clone.ledger("run", code=1)
-    assert "git checkout HEAD -- train.py" in output and "commit them, or drop them" in output
-    assert clone.runs() == []
-
-
-def test_a_commit_that_changes_other_files_is_refused(clone):
-    keep = clone.head()
+    assert "commit them, or drop them\n" in clone.ledger("run", code=1)
     clone.edit(("^TENTHS = .*", "TENTHS = 5"), file="prepare.py")
     clone.git("commit", "-qam", "another harness")
-    output = clone.ledger("run", code=1)
-    assert "HEAD changes prepare.py: only train.py may differ" in output
-    assert f"next: git reset -q --keep {keep}" in output and clone.runs() == []
+    assert f"next: git reset -q --keep {keep}" in clone.ledger("run", code=1)
+    assert clone.runs() == []

@@ -18,7 +18,7 @@ import torch
 from conftest import TINY, parquet, refused, score, start, stories, uniform
 
 import prepare
-from harness import common, journal
+from harness import common, journal, pace
 from harness.journal import map_rows, read_journal
 
 
@@ -142,6 +142,28 @@ def test_slow_steps_are_those_that_something_else_slows(clock, kind):
     rows = np.broadcast_to(rows, len(seconds))
     clock.ticks = list(zip(itertools.accumulate([9, *seconds]), itertools.accumulate([7, *rows]), strict=True))
     assert clock.slow_steps_percent == pytest.approx(percent)
+
+
+def test_the_speed_of_the_machine_during_a_run(clock, monkeypatch):
+    """Checks when products are timed, which of them count, and that none draws from the random numbers of a model."""
+    seconds = itertools.count(1)
+
+    def repeat(function, number, repeat):
+        function()
+        return [99, next(seconds)]
+
+    monkeypatch.setattr(pace.timeit, "repeat", repeat)
+    state = torch.get_rng_state()
+    for elapsed in (0.1, 0.7, 0.8, 0.9, 1.5, 5, 5.7, 5.9):
+        clock.speed.look(elapsed)
+    assert clock.speed.milliseconds == [1000, 2000, 3000] and clock.speed.result == 1636.3636
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_on_a_gpu_no_product_is_timed():
+    speed = pace.SpeedProbe(types.SimpleNamespace(type="cuda"))
+    speed.look(9.0)
+    assert speed.result is None
 
 
 def test_a_run_that_hangs_ends_itself(own):
