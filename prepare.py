@@ -38,7 +38,7 @@ PROCESS_START = time.monotonic()  # before the imports that take seconds, so tha
 import numpy as np
 from filelock import FileLock
 
-from harness import journal, pace
+from harness import journal
 from harness.journal import map_rows, open_rows, rows_served
 
 HOME = find_home()
@@ -55,7 +55,7 @@ except (KeyError, OSError):
 import torch
 import torch.nn.functional as F
 
-from harness import runtime
+from harness import pace, runtime
 from harness.documents import parquet_batches
 from harness.downloads import fetch
 from harness.machine import (
