@@ -116,7 +116,10 @@ def print_status():
     print(f"this commit: {short(night.head)}, {standing(night)}")
     for run in night.attempt(night.head).runs.values():
         print(f"  {run_in_words(run, night)}")
-    for cells in rows_of(night)[-LAST_ROWS:]:
+
+    # and the last rows of others
+    rows = [cells for cells in rows_of(night) if cells[0] != short(night.head)]
+    for cells in rows[-LAST_ROWS:]:
         print(f"  {cells[0]} {cells[1]} {cells[3]:<7} {cells[4]:.100}")
     print_problems(problems)
     print_next(night)

@@ -303,7 +303,7 @@ def test_the_audit(book, cells, name):
         (0.987, -0.012, "the gain is real."),
         (0.987, -0.003, "only part of the gain carries over to other text."),
         (0.987, +0.010, "the gain does not carry over to other text."),
-        (0.998, -0.002, "all of it is within the noise; more"),
+        (0.998, -0.002, "the first is within the noise; more"),
         (1.020, -0.002, "no gain."),
     ],
 )
