@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from harness.runtime import has_fast_bfloat16
+
 SLOW_STEP = 1.5  # a step that took longer than this many usual ones was disturbed
 BLOCKS = 8  # parts of a run, by steps, whose medians tell what is usual
 
@@ -18,7 +20,7 @@ LONG_SHARE = 0.02  # of the run's seconds, at least
 LONE_STEPS = 3  # slow steps in a run, at most
 
 PROBE_SECONDS = 0.8  # of a run, between two probes of the machine's speed
-PROBE_PRODUCTS = 5  # in a probe, some 4 ms: half a percent of a run
+PROBE_PRODUCTS = 4  # in a probe, some 3 ms: half a percent of a run
 
 
 class SpeedProbe:
@@ -34,20 +36,21 @@ class SpeedProbe:
         self.last = 0.0
         self.milliseconds = []
 
-        # of the shapes of a small model; constants, because the random numbers of torch are the model's
-        options = dict(dtype=torch.float32, device="cpu")
-        a, b, out = (torch.ones(shape, **options) for shape in ((2048, 128), (128, 512), (2048, 512)))
-        self.product = functools.partial(torch.mm, a, b, out=out)
+        # shapes and precision of a small model; constants, because the random numbers of torch are the model's
+        if self.measures:
+            options = dict(dtype=torch.bfloat16 if has_fast_bfloat16(device) else torch.float32, device="cpu")
+            a, b, out = (torch.ones(shape, **options) for shape in ((2048, 128), (128, 512), (2048, 512)))
+            self.product = functools.partial(torch.mm, a, b, out=out)
 
     def look(self, elapsed):
         """Measure, if it is time to."""
         if not self.measures or elapsed < self.last + PROBE_SECONDS:
             return
 
-        # the median of few, because others may take the processor for a moment
+        # the first one fills the caches
         self.last = elapsed
-        _, *seconds = timeit.repeat(self.product, number=1, repeat=PROBE_PRODUCTS)  # the first one fills the caches
-        self.milliseconds.append(1000 * statistics.median(seconds))
+        self.product()
+        self.milliseconds.append(1000 * timeit.timeit(self.product, number=PROBE_PRODUCTS) / PROBE_PRODUCTS)
 
     @property
     def result(self):

@@ -271,8 +271,8 @@ def test_the_speed_of_the_machine_stands_beside_a_score(clone):
     clone.idea("# better", TRAIN)
     clone.scores_next(val_bpb=0.9, product_ms=1.2)
     output = clone.ledger("run")
-    assert f"machine: at {1.2**-1.3:.2f} of its speed in the night's median run, worth about -0.026" in output
-    assert clone.reasons() == [("disturbed", "the machine ran at 0.79 of its usual speed")]
+    assert f"machine: at {1.2**-1.5:.2f} of its speed in the night's median run, worth about -0.030" in output
+    assert clone.reasons() == [("disturbed", "the machine ran at 0.76 of its usual speed")]
 
 
 # --------------------------------------
