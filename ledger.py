@@ -120,7 +120,7 @@ def print_status():
     # and the last rows of others
     rows = [cells for cells in rows_of(night) if cells[0] != short(night.head)]
     for cells in rows[-LAST_ROWS:]:
-        print(f"  {cells[0]} {cells[1]} {cells[3]:<7} {cells[4]:.100}")
+        print(f"  {cells[0]} {cells[1]} {cells[3]:<7} {cells[4]:.160}")
     print_problems(problems)
     print_next(night)
 
@@ -290,15 +290,20 @@ def print_run(run, night, journal, log):
     if keeps and run.commit != keep:
         speed = f"{keeps[-1].steps:,} steps, {keeps[-1].tokens_per_second:,.0f} tokens/s"
         print(f"last keep:      {as_curve(keeps[-1].losses)}, seed {keeps[-1].seed}, {speed}")
-    speed = ends.machine_speed(run.product_ms, night)
-    if not math.isnan(speed):
-        worth = SPEED_GAIN * math.log(speed)
-        print(f"machine: at {speed:.2f} of its speed in the night's median run, worth about {worth:+.3f}")
+        print_machine(run, keeps)
     warnings = [flag for line in journal if line.get("run") == run.run for flag in flags(line)]
     print_problems(warnings + ends.fallbacks(log))
     decision = night.attempt(run.commit).decision
     if decision and run.role == "idea":
         print(f"decision: {decision.decision} {short(run.commit)}, {decision.reason}")
+
+
+def print_machine(run, others):
+    """How fast the machine was during a run: a gain over the other runs may be one of the machine."""
+    speed = ends.machine_speed(run.product_ms, others)
+    if not math.isnan(speed):
+        worth = SPEED_GAIN * math.log(speed)
+        print(f"machine: at {speed:.2f} of its speed in the runs of the last keep, worth about {worth:+.3f}")
 
 
 def as_curve(losses):

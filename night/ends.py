@@ -136,9 +136,11 @@ def scored_lines(state, scored, night):
         return [disturbed(line, f"{steps} steps, another run of it made {most}", night)]
 
     # a slow hour may go on, and costs no idea: the third run of a seed counts
-    speed = machine_speed(line["product_ms"], night)
-    last = times_disturbed(line, night) == rules.MOST_DISTURBED - 1
-    if speed < SLOW_MACHINE and not last and not scored.get("recompiled"):
+    usual = [run for run in night.runs.values() if run.product_ms and run.device == line["device"]]
+    speed = machine_speed(line["product_ms"], usual)
+    is_known = len(usual) >= LEAST_SPEEDS and not scored.get("recompiled")
+    is_last = times_disturbed(line, night) == rules.MOST_DISTURBED - 1
+    if speed < SLOW_MACHINE and is_known and not is_last:
         return [line | {"state": "disturbed", "reason": f"the machine ran at {speed:.2f} of its usual speed"}]
     found = [line]
     for run in others:
@@ -159,13 +161,13 @@ def times_disturbed(line, night):
     return sum(run.state == "disturbed" for run in same_seed(line, night))
 
 
-def machine_speed(product_ms, night):
+def machine_speed(product_ms, runs):
     """
-    How many steps the machine would have made during a run, as a share of those that it makes in the night's median
-    run, whatever train.py does: see harness/pace.py. NaN where that is not known, as on a GPU.
+    How many steps the machine would have made during a run, as a share of those in the median of other runs, had all
+    had one train.py: see harness/pace.py. NaN where that is not known, as on a GPU.
     """
-    known = [run.product_ms for run in night.runs.values() if run.product_ms and run.device == night.device]
-    if not product_ms or len(known) < LEAST_SPEEDS:
+    known = [run.product_ms for run in runs if run.product_ms]
+    if not product_ms or not known:
         return math.nan
     return (statistics.median(known) / product_ms) ** STEP_POWER
 

@@ -221,7 +221,8 @@ def with_the_last_keep(night):
 
     # now and then another kind of idea is due
     if night.last_keep != night.start and ideas_since_pruning(night) >= PRUNING_IDEAS:
-        reason = "pruning is due: remove one change that was kept, with a message that begins with `prune`"
+        reason = "pruning is due: remove one change that was kept, with a message that begins with `prune`; if it is "
+        reason += "about as good without it: uv run ledger.py keep"
         return Step("idea", command, reason)
     lost = ideas_since_keep(night)
     if lost >= STUCK_IDEAS:

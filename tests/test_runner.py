@@ -267,11 +267,11 @@ def test_disturbed(name, clone):
 
 
 def test_the_speed_of_the_machine_stands_beside_a_score(clone):
-    """Checks the closed form with a machine whose products take a fifth longer than in the runs of the baseline."""
+    """Checks the closed form, with products that take a fifth longer than in the runs of the baseline."""
     clone.idea("# better", TRAIN)
     clone.scores_next(val_bpb=0.9, product_ms=1.2)
     output = clone.ledger("run")
-    assert f"machine: at {1.2**-1.5:.2f} of its speed in the night's median run, worth about -0.030" in output
+    assert f"machine: at {1.2**-1.5:.2f} of its speed in the runs of the last keep, worth about -0.030" in output
     assert clone.reasons() == [("disturbed", "the machine ran at 0.76 of its usual speed")]
 
 
