@@ -127,6 +127,7 @@ def test_three_runs_decide(name):
 def test_without_a_floor_any_gain_is_enough():
     night = night_of((S, 1, 1.0), (S, 2, "crash"), (S, 3, "crash"), (A, 1, 0.99999), at=A)
     assert needed(A, night) == [Training("idea", A, 2), Training("idea", A, 3)]
+    assert night_of((S, 1, 1.0), (S, 2, "crash"), (S, 3, "crash"), (A, 1, 1.0), at=A).attempt(A).verdict == "discard"
 
 
 def test_the_rule_on_the_draws_of_the_simulation():
@@ -206,6 +207,7 @@ NIGHTS = {  # night -> command, words of the reason, the run if it is one
         "until",
         None,
     ),
+    "once elsewhere": (night_of(*BASE, (A, 1, "elsewhere"), at=A), RUN, "new idea", ("idea", A, 1)),
     "elsewhere, mended": (
         night_of(*BASE, (A, 1, "elsewhere"), (A, 1, "elsewhere"), UNTIL | {"commit": A}, at=A),
         RUN,
@@ -329,7 +331,14 @@ def test_a_hand_decision_is_never_superseded_by_the_rule():
     assert night.last_keep == A and next_step(night).kind == "idea"
     for decision in (decision_line(A, "discard", "hand"), decision_line(A, "keep")):
         night.add(decision)
-        assert night.last_keep == S
+        assert night.last_keep == S and "simpler" not in next_step(night).reason
+
+
+def test_the_last_keep_is_the_one_that_was_decided_last():
+    night = night_of(*KEPT, (B, 1, 1.1), at=B)
+    for commit, decision in ((A, "discard"), (B, "keep"), (A, "keep")):
+        night.add(decision_line(commit, decision, "hand"))
+    assert night.kept == [S, B, A]
 
 
 @pytest.mark.parametrize(("second", "verdict"), [(1.0, "keep"), (1.0001, "discard")])
