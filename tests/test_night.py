@@ -329,7 +329,7 @@ def test_a_hand_decision_is_never_superseded_by_the_rule():
     night = night_of(*BASE, GOOD[0], decision_line(A, "keep", "hand"), at=A)
     night.add(decision_line(A, "discard"))
     assert night.last_keep == A and next_step(night).kind == "idea"
-    for decision in (decision_line(A, "discard", "hand"), decision_line(A, "keep")):
+    for decision in (decision_line(A, "discard", "hand") | {"gain": 0.01}, decision_line(A, "keep")):
         night.add(decision)
         assert night.last_keep == S and "simpler" not in next_step(night).reason
 
