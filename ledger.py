@@ -99,7 +99,7 @@ def load_budget(night):
 def print_status():
     night, _, journal, problems = load()
     floor = noise_floor(night, without=None if night.head == night.last_keep else night.head)
-    print(f"night:       {night.tag}, {len(rows_of(night))} rows, until {end_in_words(night)}")
+    print(f"night:       {night.tag}, {rows_in_words(night)}, until {end_in_words(night)}")
     print(f"benchmark:   {night.benchmark}, on {night.device or 'a cluster'}")
     if math.isnan(floor):
         print("noise floor: unknown until a commit has two runs that count")
@@ -134,6 +134,15 @@ def standing(night):
 
 def end_in_words(night):
     return f"{night.until} rows" if night.until.isdecimal() else night.until
+
+
+def rows_in_words(night):
+    """How many rows there are. Those of final runs do not count for an end by rows."""
+    finals = [run for run in night.runs.values() if run.is_over and run.role == "final"]
+    words = f"{len(rows_of(night)) - len(finals)} rows"
+    if finals:
+        words += f" and {len(finals)} final"
+    return words
 
 
 def print_problems(problems):
@@ -393,7 +402,7 @@ def set_until(text):
     with recording(find_tag()) as (night, place):
         append(place, night, {"kind": "end", "time": now(), "until": until})
     night, _, _, _ = load()
-    print(f"the night {night.tag} lasts until {end_in_words(night)}")
+    print(f"the night {night.tag} lasts until {end_in_words(night)}; it has {rows_in_words(night)}")
     print_next(night)
 
 

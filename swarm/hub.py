@@ -135,7 +135,7 @@ def look(word):
     for _, line in sorted(found)[-SHOWN:]:
         print(printable(line, 700))
     if not found:
-        print(f"nothing about {printable(word, 100)}")
+        print(f"nothing about {printable(word, 100)}" if word else "nothing yet")
 
 
 def texts_of(night):

@@ -180,6 +180,7 @@ def test_three_agents_share_a_hub(hub):
 
 def test_what_is_said_is_seen_before_the_run(hub):
     ada, bob = join(hub, "ada"), join(hub, "bob")
+    assert ada.hub("look") == "nothing yet\n"
     words = 'A head of "two" layers, größer: 100% \\n $(x)'
     assert ada.hub("say", words) == f"noted: {words}\n"
     for word in ("A HEAD", "GRÖßER", '"two"', "\\n", ada.head()):

@@ -521,7 +521,10 @@ def test_what_is_off_the_line_is_not_kept(night):
 
 
 def test_until_says_another_end(night):
-    assert "lasts until 3 rows\n" in night.say("until", "3") and night.json()["over"]
+    assert "lasts until 3 rows; it has 3 rows\n" in night.say("until", "3") and night.json()["over"]
+    night.ran(0.9, 4, "final")
+    assert "lasts until 4 rows; it has 3 rows and 1 final\n" in night.say("until", "4")
+    assert not night.json()["over"]
     night.say("until", "3000-01-01T00:00+00:00")
     assert night.json()["until"] == "3000-01-01T00:00:00+00:00" and night.next() == NEW_IDEA
     assert "next: # the night is over" in night.say("until", "now") and night.json()["over"]
