@@ -273,7 +273,7 @@ def weaken(folder):
     """Leave room for a gain in the train.py of a folder, and let no run count as disturbed."""
     replace(folder / "train.py", *((rf"^({name} +)= ", r"\1= 1e-6 * ") for name in WEAK), *UNHURRIED)
     replace(folder / "harness" / "journal.py", ("^SLOW_FLAG = .*", "SLOW_FLAG = 101"))
-    replace(folder / "night" / "ends.py", ("^SLOW_RUN = .*", "SLOW_RUN = 0"))
+    replace(folder / "night" / "ends.py", ("^(SLOW_RUN|SLOW_MACHINE) = .*", r"\1 = 0"))
 
 
 def ask_no_torch(folder, device):
