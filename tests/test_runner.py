@@ -205,7 +205,7 @@ CRASHES = {
     "chain": ([PREPARE, "try:\n    1 / 0\nfinally:\n    {}['no']"], "KeyError: 'no', train.py:5"),
     "words": (["raise SystemExit('no\\nnot at all')"], "exit code 1: not at all"),
     "syntax": (["x = (1"], "exit code 1: SyntaxError: '(' was never closed"),
-    "code": (["print('that', flush=True)", "import os", "os._exit(3)"], "exit code 3: that"),
+    "code": (["print('that')", "import os", "os._exit(3)"], "exit code 3: that"),
     "no score": (["print('done')"], "exit code 0: done"),
     "signal": (["import os", "os.kill(os.getpid(), 11)"], "ended by SIGSEGV"),
     "a shape in compiled code": (
@@ -242,6 +242,25 @@ def test_out_of_memory_once_and_twice(clone):
     assert clone.states() == [("interrupted", 1)] and len(clone.rows()) == 4
     assert "crashed: 2 times killed: did memory run out?" in clone.ledger("run")
     assert clone.states() == [("interrupted", 1), ("crash", 1)]
+
+
+KILLED_ONCE = """
+import os
+from pathlib import Path
+
+mark = Path(os.environ["AUTORESEARCH_HOME"], "seed-" + os.environ["AUTORESEARCH_SEED"])
+if not mark.exists():
+    mark.touch()
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_each_seed_may_be_killed_once(clone):
+    clone.idea(KILLED_ONCE, TRAIN)
+    clone.scores_next(val_bpb=0.9)
+    for _ in range(4):
+        clone.ledger("run")
+    assert clone.states() == [("interrupted", 1), ("scored", 1), ("interrupted", 2), ("scored", 2)]
 
 
 DISTURBED = {
