@@ -6,7 +6,7 @@ The commands of a night: what has run, what it is worth, and what comes next.
     uv run ledger.py run                          # the agent: train what comes next, record it, decide
     uv run ledger.py keep | discard               # the agent: of HEAD, where the rules leave it the choice
     uv run ledger.py until <when>                 # the human: another end of the night; `now` ends it
-    uv run ledger.py open                         # exit 0 while the night is not over: for the loop around the agent
+    uv run ledger.py open                         # exit 0 while an agent has something to do: for the loop around it
 
 Nothing heavy is imported, so it may run beside a training.
 
@@ -44,7 +44,7 @@ IDEAS = "# Ideas\n\n## From the human\n\n## Backlog\n\n## What each try taught\n
 # Night
 
 
-def load():
+def refresh():
     """
     Settle the runs that have ended and bring results.tsv up to date. Returns (night, folder of its record, the lines of
     its benchmark's journal that name a commit, warnings as sentences). Raises NoNight if no night is checked out.
@@ -70,7 +70,7 @@ def load():
 
 
 def same_train(night):
-    """The Try whose train.py HEAD has under another commit, while HEAD is to be decided; None if there is none."""
+    """The Try of another commit with the train.py of HEAD; None if there is none, or HEAD is decided."""
     if night.head in night.kept or night.attempt(night.head).verdict:
         return None
     train = resolve("HEAD:train.py")
@@ -97,7 +97,7 @@ def load_budget(night):
 
 
 def print_status():
-    night, _, journal, problems = load()
+    night, _, journal, problems = refresh()
     floor = noise_floor(night, without=None if night.head == night.last_keep else night.head)
     print(f"night:       {night.tag}, {rows_in_words(night)}, until {end_in_words(night)}")
     print(f"benchmark:   {night.benchmark}, on {night.device or 'a cluster'}")
@@ -138,7 +138,7 @@ def end_in_words(night):
 
 def rows_in_words(night):
     """How many rows there are. Those of final runs do not count for an end by rows."""
-    finals = [run for run in night.runs.values() if run.is_over and run.role == "final"]
+    finals = [run for run in night.runs.values() if run.is_done and run.role == "final"]
     words = f"{len(rows_of(night)) - len(finals)} rows"
     if finals:
         words += f" and {len(finals)} final"
@@ -185,7 +185,7 @@ def sparkline(values, width=60):
 
 def print_json():
     """The night for programs: what was recorded, what comes next, and what the rules make of it."""
-    night, _, _, problems = load()
+    night, _, _, problems = refresh()
     step = next_step(night)
     known = {"tag", "until", "start", "benchmark", "device", "line", "changed", "going_on", "time"}
     values = {name: value for name, value in vars(night).items() if name in known}
@@ -218,7 +218,7 @@ def run():
     Train what comes next, or wait for the run that goes on; then print how the run ended, and what comes next. If there
     is nothing to train, print the last run again.
     """
-    night, place, _, _ = load()
+    night, place, _, _ = refresh()
     step = next_step(night)
 
     # the last branch prints the last run again: the client may have lost the first answer
@@ -235,8 +235,8 @@ def run():
     elif step.kind == "drop" or (step.kind == "reset" and not night.attempt(night.head).runs):
         raise SystemExit(f"nothing is run: {step.reason}\nnext: {step.command}")
     else:
-        print("nothing is to run; the last run:")
-    night, _, journal, problems = load()
+        print("there is nothing to run; the last run:")
+    night, _, journal, problems = refresh()
     for last in list(night.runs.values())[-1:]:
         print_run(last, night, journal, runner.read_log(common.ROOT / "run.log"))
     print_problems(problems)
@@ -272,7 +272,7 @@ def wait_for_run(place, keeper):
             raise
         keeper.send_signal(signal.SIGINT)
         keeper.wait()
-        load()
+        refresh()
         raise
     finally:
         show_progress(None)
@@ -325,7 +325,7 @@ def as_curve(losses):
 
 def decide(decision):
     """The agent's own decision of HEAD, where the rules leave it the choice."""
-    night, _, _, _ = load()
+    night, _, _, _ = refresh()
     attempt = night.attempt(night.head)
     if night.head == night.start:
         raise SystemExit("the baseline is what all is compared with: commit an idea first")
@@ -351,7 +351,7 @@ def decide(decision):
 
 
 def decide_keep(night, attempt, gains):
-    """What becomes of a commit that is simpler: a decision, or the wish for a second run. Raises SystemExit."""
+    """What to change in the values of a keep, a dict: kept now, or `simpler` until a second run. Raises SystemExit."""
     if any(run.state == "crash" for run in attempt.of_role("idea")):
         raise SystemExit(f"{short(night.head)} has crashed: mend it in a new commit")
     if len(gains) < 2:
@@ -384,7 +384,7 @@ def start(tag, until):
     ideas = common.ROOT / "ideas.md"
     if not ideas.exists():
         ideas.write_text(IDEAS)
-    night, _, _, _ = load()
+    night, _, _, _ = refresh()
     origin = git("log", "-1", "--format=%h (%s)", "HEAD^").output
     print(f"branch autoresearch/{tag}, from {origin}, until {end_in_words(night)}")
     if until.isdecimal() and int(until) < 24:
@@ -401,7 +401,7 @@ def set_until(text):
     until = now() if text == "now" else parse_until(text, "until ")
     with recording(find_tag()) as (night, place):
         append(place, night, {"kind": "end", "time": now(), "until": until})
-    night, _, _, _ = load()
+    night, _, _, _ = refresh()
     print(f"the night {night.tag} lasts until {end_in_words(night)}; it has {rows_in_words(night)}")
     print_next(night)
 
@@ -468,7 +468,7 @@ def parse_arguments(arguments=None):
     commands.add_parser("discard", allow_abbrev=False, help="drop HEAD, though it is promising")
     end = commands.add_parser("until", allow_abbrev=False, help="another end of the night")
     end.add_argument("when", help="as for start, or `now`")
-    commands.add_parser("open", allow_abbrev=False, help="exit 0 while the night is not over")
+    commands.add_parser("open", allow_abbrev=False, help="exit 0 while an agent has something to do")
     return parser.parse_args(arguments)
 
 

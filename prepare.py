@@ -454,7 +454,7 @@ class TrainingClock:
         return time.monotonic() - PROCESS_START
 
     def check(self):
-        """The score begins. Raise RuntimeError unless the run was timed, kept to its budget and was not scored yet."""
+        """Before scoring: raise RuntimeError unless the run was timed, kept to its budget and was not scored yet."""
         if self.started is None:
             raise RuntimeError("not scored: the clock was never started; start() and stop() it around training")
         if self.stopped is None:
@@ -487,8 +487,8 @@ class TrainingClock:
 
 def evaluate_bpb(model, benchmark, batch_size, clock):
     """
-    Score a finished run: bits per byte of all validation rows, a float. The run goes into the journal. Its weights are
-    kept as best.pt if it is the best of this harness so far, and this harness prepared the benchmark.
+    Score a finished run: bits per byte of all validation rows, a float. The run goes into the journal, its weights into
+    best.pt if it beats all runs of this harness, and this harness prepared the benchmark.
 
     `model(inputs)`, an nn.Module, takes int64 [B, T] and returns logits [B, T, vocab_size]; it never sees the targets.
     `batch_size` is only a matter of speed. Raises RuntimeError if the run was not timed or too long, if the model sees

@@ -481,7 +481,7 @@ def kind_of(weight, module, model):
 
 
 def build_optimizers(model):
-    """Each trainable parameter is in one group, else SystemExit names it. A tied one counts where registered first."""
+    """The optimizers, a list: each weight in one group, else SystemExit; a tied one where it is registered first."""
     members, matrices = defaultdict(list), defaultdict(list)
     for name, weight in model.named_parameters():
         if weight.requires_grad:

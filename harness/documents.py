@@ -26,7 +26,7 @@ REASONS = {  # why something was left out, in words for one and for many
 # Left out
 
 
-def printable(path):
+def printable_path(path):
     """A name on one line that every UTF-8 terminal can show."""
     return "".join(character if character.isprintable() else "?" for character in str(path))
 
@@ -41,7 +41,7 @@ class Skipped:
     def add(self, reason, name):
         """Count one more; `reason` is a key of REASONS."""
         self.counts[reason] += 1
-        self.names.setdefault(reason, printable(name))
+        self.names.setdefault(reason, printable_path(name))
 
     def lines(self):
         """Lines to print, such as "skipped: 3 files that are not UTF-8, first notes/latin.txt"."""
@@ -82,7 +82,7 @@ def parquet_batches(path, skipped=None):
                     yield decode(values[start : start + DOCUMENT_BATCH], path, skipped)
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         reason = first_line(error)
-        raise SystemExit(f"{printable(path)}: not a parquet file with a column `text` ({reason})") from None
+        raise SystemExit(f"{printable_path(path)}: not a parquet file with a column `text` ({reason})") from None
 
 
 def column_bytes(column, path):
@@ -93,7 +93,7 @@ def column_bytes(column, path):
     try:
         return column.cast(pyarrow.large_binary()).to_pylist()
     except pyarrow.ArrowNotImplementedError:
-        raise SystemExit(f"{printable(path)}: column `text` holds {column.type}, not text") from None
+        raise SystemExit(f"{printable_path(path)}: column `text` holds {column.type}, not text") from None
 
 
 def decode(values, path, skipped):
@@ -123,7 +123,7 @@ def jsonl_batches(path, skipped):
             for number, line in chunk:
                 if not line.strip():
                     continue
-                place = f"{printable(path)}:{number}"
+                place = f"{printable_path(path)}:{number}"
                 text = json_text(line, place)
                 if text is None:
                     skipped.add("no text", place)
@@ -177,7 +177,7 @@ def open_bytes(path):
 
                 yield io.BufferedReader(pyarrow.CompressedInputStream(file, compression))
     except OSError as error:
-        raise SystemExit(f"{printable(path)}: damaged or cut off ({first_line(error)})") from None
+        raise SystemExit(f"{printable_path(path)}: damaged or cut off ({first_line(error)})") from None
 
 
 def read_text(path, skipped):

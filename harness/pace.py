@@ -27,8 +27,8 @@ class SpeedProbe:
     """
     How fast the machine is during a run, whatever its train.py does: the time of one product of two matrices.
 
-    A shared CPU drifts within seconds, so that what is measured before or after a run says little of it. Where a probe
-    would wait for the steps that a GPU has in its queue, nothing is measured.
+    A shared CPU drifts within seconds: a measurement before or after a run says little of it. On other devices nothing
+    is measured: a probe would wait for the steps in their queue.
     """
 
     def __init__(self, device):
@@ -55,7 +55,7 @@ class SpeedProbe:
     @property
     def result(self):
         """
-        Milliseconds of a product, their harmonic mean over the run, for steps are made at the mean speed; None where
+        Milliseconds of a product: the harmonic mean over the run, since the steps follow the mean speed; None where
         nothing was measured.
         """
         if not self.milliseconds:

@@ -12,7 +12,7 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
-from harness.documents import Skipped, cut, file_kind, jsonl_batches, parquet_batches, printable, read_text
+from harness.documents import Skipped, cut, file_kind, jsonl_batches, parquet_batches, printable_path, read_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")  # the last two hold many documents
 FEW_GROUPS = 10  # with fewer groups of files than this, each block of text is a batch of its own
@@ -118,7 +118,7 @@ def search_paths(paths):
     search = Search(is_default=False)
     for root in map(Path, paths):
         if not os.path.exists(root):
-            raise SystemExit(f"--text {printable(root)}: no such file or folder")
+            raise SystemExit(f"--text {printable_path(root)}: no such file or folder")
         if os.path.isdir(root):
             search.walk("", root, root)
         else:
@@ -127,7 +127,7 @@ def search_paths(paths):
 
     # What was left out may be all that there is.
     if not search.groups:
-        listed = printable(" ".join(map(str, paths)))
+        listed = printable_path(" ".join(map(str, paths)))
         reasons = [f"no {' '.join(TEXT_SUFFIXES)} file in there", *search.skipped.lines()]
         raise SystemExit(f"--text {listed}: {'; '.join(reasons)}")
     return search
@@ -218,7 +218,7 @@ class LocalText:
                 is_same = False
             if not is_same:
                 advice = "run this again when nothing writes to it"
-                raise SystemExit(f"{printable(path)}: changed while it was read; {advice}")
+                raise SystemExit(f"{printable_path(path)}: changed while it was read; {advice}")
 
 
 class Duplicates:

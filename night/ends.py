@@ -24,8 +24,8 @@ SLOW_RUN = 0.5  # of the most steps that a counted run of the same commit has ma
 SLOW_MACHINE = 0.85  # of the usual speed
 LEAST_SPEEDS = 3  # runs that tell what is usual
 
-# Seconds of a step grow as the time of a product to this power: in 13 runs of three models on two shared cores that
-# explained 97% of the variance of a model's steps, with a power of 1.58; in 25 others 94 to 98%, with one of 1.3
+# A step's seconds grow as a product's (harness/pace.py) to this power. Fits on two shared cores: 1.58 in 13 runs of
+# three models (97% of the variance of a model's steps), 1.3 in 25 others (94 to 98%)
 STEP_POWER = 1.5
 
 # --------------------------------------
@@ -163,8 +163,8 @@ def times_disturbed(line, night):
 
 def machine_speed(product_ms, runs):
     """
-    How many steps the machine would have made during a run, as a share of those in the median of other runs, had all
-    had one train.py: see harness/pace.py. NaN where that is not known, as on a GPU.
+    The speed of the machine in a run, as a share of its median in other runs: the ratio of the steps that one train.py
+    would make (harness/pace.py). NaN where that is not known, as on a GPU.
     """
     known = [run.product_ms for run in runs if run.product_ms]
     if not product_ms or not known:

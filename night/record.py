@@ -70,8 +70,8 @@ def folder_of(branch):
 @contextlib.contextmanager
 def recording(tag):
     """
-    The night with this tag, read under the lock under which lines are added: (night, place). One process of a
-    repository records at a time. Where there is no record, as in a clone, it begins.
+    The night with this tag, read while holding the lock of its record: (night, place). One process at a time may add
+    lines. A missing record, as in a clone, is begun.
     """
     place = find_place(tag)
     path = place / "record.jsonl"
@@ -168,7 +168,7 @@ def start_of(tag):
 
 
 def look_around(night, place):
-    """Where git is, here and in the worktrees of a wave, and what is running."""
+    """Fill in what no record has: what is checked out, here and in the worktrees of a wave, and what is running."""
     here = look_at(common.ROOT, night.start)
     night.line, night.changed, night.other_files = here.line, here.changed, here.other_files
     for marker in sorted((common.ROOT / "wave").glob("*/.git")):

@@ -20,8 +20,8 @@ FINAL_SEEDS = (4, 5)  # that selected nothing: they tell what the night has gain
 FIRST_AGAIN = 6  # seed of the first run with which a last keep sharpens its bar
 LEAST_SCORES = 2  # of the baseline
 AGAIN_RUNS = 20  # counted runs after which the last keep runs once more
-MOST_DISTURBED = 3  # such runs of one seed are a crash ...
-MOST_KILLED, MOST_INTERRUPTED = 2, 3  # ... and so are these
+MOST_DISTURBED = 3  # of one seed: with slow steps the third is a crash, on a slow machine it counts
+MOST_KILLED, MOST_INTERRUPTED = 2, 3  # of one seed: the last one is a crash
 
 STEPS = ("the first run", "the second run", "the mean of the second and third run")
 
@@ -199,9 +199,9 @@ def judge_simpler(attempt, gains, numbers):
 # What a commit needs
 
 
-def lacks(attempt, role, seeds):
+def missing_seeds(attempt, role, seeds):
     """Those of the seeds that have no run of this role that counts or crashed."""
-    done = {run.seed for run in attempt.of_role(role) if run.is_over}
+    done = {run.seed for run in attempt.of_role(role) if run.is_done}
     return [seed for seed in seeds if seed not in done]
 
 
@@ -218,24 +218,24 @@ def needed(commit, night):
         seeds = IDEA_SEEDS
     if attempt.verdict == "simpler":
         seeds = IDEA_SEEDS[:2]
-    return [Training("idea", commit, seed) for seed in lacks(attempt, "idea", seeds)]
+    return [Training("idea", commit, seed) for seed in missing_seeds(attempt, "idea", seeds)]
 
 
 def baseline_seeds(night):
     """The seeds with which the baseline has to run. What crashed before `until` was last said may run again."""
     attempt = night.attempt(night.start)
-    missing = lacks(attempt, "baseline", BASELINE_SEEDS)
+    missing = missing_seeds(attempt, "baseline", BASELINE_SEEDS)
 
     # too few seeds have a score: run again those that have not run since the human's last `until`
     scored = [run.seed for run in attempt.of_role("baseline") if run.counts]
     if missing or len(scored) >= LEAST_SCORES:
         return missing
-    since = {run.seed for run in runs_since_end(night) if run.role == "baseline" and run.is_over}
+    since = {run.seed for run in runs_since_end(night) if run.role == "baseline" and run.is_done}
     return [seed for seed in BASELINE_SEEDS if seed not in since and seed not in scored]
 
 
 def lacks_baseline(night):
-    """Whether the bar is not known yet, so that nothing can be judged by it. At the end it will not get better."""
+    """Whether runs of the baseline are missing, so that there is no bar to judge by. At the end none is waited for."""
     return bool(baseline_seeds(night)) and not is_over(night)
 
 
@@ -307,11 +307,11 @@ def needed_again(night):
     keep = night.last_keep
 
     # the runs after its last one
-    runs = [run for run in night.runs.values() if run.role != "final" and run.is_over]
+    runs = [run for run in night.runs.values() if run.role != "final" and run.is_done]
     indices = [index for index, run in enumerate(runs) if run.commit == keep]
     if not indices or len([run for run in runs[indices[-1] + 1 :] if run.counts]) < AGAIN_RUNS:
         return []
-    done = [run for run in night.attempt(keep).of_role("again") if run.is_over]
+    done = [run for run in night.attempt(keep).of_role("again") if run.is_done]
     return [Training("again", keep, FIRST_AGAIN + len(done))]
 
 
@@ -322,7 +322,7 @@ def needed_finals(night):
     found = []
     for seed in FINAL_SEEDS:
         for commit in (night.start, night.last_keep):
-            if lacks(night.attempt(commit), "final", [seed]):
+            if missing_seeds(night.attempt(commit), "final", [seed]):
                 found.append(Training("final", commit, seed))
     return found
 
@@ -332,5 +332,5 @@ def is_over(night):
     if night.until == "never":
         return False
     if night.until.isdecimal():
-        return len([run for run in night.runs.values() if run.is_over and run.role != "final"]) >= int(night.until)
+        return len([run for run in night.runs.values() if run.is_done and run.role != "final"]) >= int(night.until)
     return night.time >= night.until

@@ -42,7 +42,7 @@ def is_running(place):
     """Whether a keeper or a training holds the lock of this night's runs."""
     with open(place / "run.lock", "a") as file:
         try:
-            # shared, so that two processes that look at once do not meet
+            # shared, so that two processes may ask at once
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True

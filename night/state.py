@@ -1,4 +1,4 @@
-"""A night as a look sees it: the lines of its record, taken in one by one, and where git is."""
+"""A night: what its record says, taken in line by line, and what git has checked out."""
 
 import functools
 from dataclasses import dataclass, field, fields
@@ -44,8 +44,8 @@ class Run:
         return self.state == "scored"
 
     @property
-    def is_over(self):
-        """Whether this seed has had its run. Otherwise the run proves nothing, and is made again."""
+    def is_done(self):
+        """Whether it is scored or crashed. Runs in other states prove nothing, and are made again."""
         return self.state in ("scored", "crash")
 
 
@@ -108,7 +108,7 @@ class Checkout:
 
 @dataclass
 class Night:
-    """All that a look needs: what was recorded, and where git is. Commits are whole hashes."""
+    """What was recorded, what git has checked out, what is running. Commits are whole hashes."""
 
     tag: str = "test"
     until: str = "never"  # a time (ISO, in UTC), a number of rows, or never

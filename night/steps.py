@@ -52,7 +52,7 @@ def next_step(night):
         or with_a_wave(night)
         or in_baseline(night)
         or at_the_end(night)
-        or off_the_line(night)
+        or with_a_misplaced_head(night)
         or with_an_idea(night)
         or with_the_last_keep(night)
     )
@@ -103,7 +103,7 @@ def too_few_scores(night):
 
 
 def in_baseline(night):
-    # at the end it has to do with what there is
+    # at the end the runs so far have to do
     missing = needed(night.start, night)
     if missing and not is_over(night):
         return run_step(night, missing[0], "the baseline")
@@ -115,7 +115,7 @@ def at_the_end(night):
     if not is_over(night):
         return None
 
-    # what has begun is decided first; then what was gained, and the branch ends where the night has come to
+    # decide what has begun, make the final runs, then leave the branch at the last keep
     missing = needed(night.head, night)
     if is_candidate(night) and night.attempt(night.head).counted() and missing:
         return run_step(night, missing[0], "the end, but this commit is not decided")
@@ -153,7 +153,7 @@ def go_back(night, reason):
     return Step("reset", f"git reset -q --keep {short(night.last_keep)}", reason)
 
 
-def off_the_line(night):
+def with_a_misplaced_head(night):
     """HEAD is where nothing can be kept."""
     # by hand, or by a branch of another tool
     if night.last_keep not in night.line:
@@ -221,8 +221,8 @@ def with_the_last_keep(night):
 
     # now and then another kind of idea is due
     if night.last_keep != night.start and ideas_since_pruning(night) >= PRUNING_IDEAS:
-        reason = "pruning is due: remove one change that was kept, with a message that begins with `prune`; if it is "
-        reason += "about as good without it: uv run ledger.py keep"
+        reason = "pruning is due: remove one change that was kept, with a message that begins with `prune`; if the "
+        reason += "score stays about as good: uv run ledger.py keep"
         return Step("idea", command, reason)
     lost = ideas_since_keep(night)
     if lost >= STUCK_IDEAS:

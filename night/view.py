@@ -61,7 +61,7 @@ def sha256_of(content):
 
 
 def known_stamps(place):
-    """Of the last views of all nights here: one of them may have been checked out until now."""
+    """Hashes of the last views of all nights here, a set: any of these nights may have been checked out before."""
     top = next(folder for folder in place.parents if folder.name == "autoresearch")
     return {stamp for path in top.rglob("view.json") for stamp in read_stamps(path)}
 

@@ -79,7 +79,7 @@ def living_nodes():
 def choose_slot(nodes, device, wanted):
     """
     The resources of a training, for submit_job: those that are wanted, else one GPU where there are any, else all CPUs
-    of the smallest node. Of GPUs of several kinds it is one of the night's, where Ray's names for them tell which.
+    of the smallest node. Of several kinds of GPU it takes the night's, if Ray's names for them tell it.
     """
     slot = dict(wanted)
     with_gpus = [node for node in nodes if node.resources_total.get("GPU")]

@@ -43,7 +43,7 @@ HASH = "[0-9a-f]{7,64}"
 def exchange(message=None):
     """Share this agent's night, with a message. Returns the night."""
     tag = own_tag()
-    night, _, _, _ = ledger.load()
+    night, _, _, _ = ledger.refresh()
     if message:
         with recording(tag) as (night, place):
             append(place, night, {"kind": "say", "time": now(), "commit": night.head, "message": message})
@@ -108,11 +108,11 @@ def print_frontier(night):
     unreadable = sum(other.unreadable for agent, other in others.items() if agent != night.tag)
     if unreadable:
         print(f"{unreadable} lines in the records of others cannot be read, and do not count")
-    if ahead and is_open(night):
+    if ahead and wants_idea(night):
         print(f"next: uv run swarm/hub.py adopt {short(ahead[0])}")
 
 
-def is_open(night):
+def wants_idea(night):
     """Whether the ledger waits for a new idea: HEAD is the last keep, and nothing is changed, running or missing."""
     return next_step(night).kind == "idea" and not night.changed
 
@@ -158,8 +158,8 @@ def texts_of(night):
 
 
 def adopt(name):
-    night, _, _, _ = ledger.load()
-    if not is_open(night):
+    night, _, _, _ = ledger.refresh()
+    if not wants_idea(night):
         step = next_step(night)
         raise SystemExit(f"no new idea starts now: {step.reason}; next: {step.command}")
     commit = resolve(f"{name}^{{commit}}")
@@ -189,7 +189,7 @@ def adopt(name):
         raise SystemExit(f"git refuses to commit it: {answer.complaint}")
     print(message)
     print(git("diff", "--stat", "HEAD^", "HEAD").output)
-    ledger.print_next(ledger.load()[0])
+    ledger.print_next(ledger.refresh()[0])
 
 
 # --------------------------------------
@@ -250,7 +250,7 @@ def do(options):
     elif options.command == "adopt":
         adopt(options.hash)
     else:
-        print_frontier(ledger.load()[0])
+        print_frontier(ledger.refresh()[0])
 
 
 if __name__ == "__main__":

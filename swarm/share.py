@@ -1,7 +1,7 @@
 """
 What goes to a hub, and comes from it. Every agent has a ref of its own there, refs/results/<tag>/<agent>: a commit
-whose tree holds its record.jsonl, as the ledger wrote it. So nobody's push comes before another's, and nothing is
-merged: the records of others are read where they were fetched to, as nights. Anybody may have written them.
+whose tree holds its record.jsonl, as the ledger wrote it. So pushes never conflict, and nothing is merged: the records
+of others are read as nights, from the refs that they were fetched to. Anybody may have written them.
 
 Sections: Records, The remote, Join.
 """
@@ -15,7 +15,7 @@ from night.rules import short
 
 NETWORK_SECONDS = 300  # for a fetch or a push
 NAME = "[A-Za-z0-9_-]{1,100}"
-TOPS = ("refs", "refs/heads")  # of results and tries on a hub: some take nothing but heads
+TOPS = ("refs", "refs/heads")  # where results and tries may go on a hub: some take branches alone
 PLACES = ("refs/hub", "refs/remotes/hub")  # where these are fetched to
 FETCHED = (
     "+refs/heads/*:refs/remotes/hub/*",
@@ -96,7 +96,7 @@ def send(night, top=None):
     there = set(list_refs("%(objectname)", f"tries/{tag}"))
     tries = [f"{commit}:{top}/tries/{tag}/{short(commit)}" for commit in night.tries if commit in here - there]
 
-    # the branch ends with the last keep there: HEAD may be taken back, which not every hub allows
+    # the last keep, not HEAD: a push after a reset would have to be forced, which not every hub allows
     refs = (f"{own}:{top}/results/{tag}", f"{night.last_keep}:{branch}", *tries)
     answer = git("push", "-q", "--atomic", "hub", *refs, seconds=NETWORK_SECONDS)
     if not answer.worked:
@@ -145,7 +145,7 @@ def enter(tag, until, is_known):
         raise SystemExit(f"{tag} is new on this hub: say when it ends, with --until <when>")
     else:
         ledger.start(tag, until)
-    night, _, _, _ = ledger.load()
+    night, _, _, _ = ledger.refresh()
     if not reason:
         try_to_send(night)
     print(f"it lasts until {ledger.end_in_words(night)}; runs: {len(night.runs)}")

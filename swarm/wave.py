@@ -51,7 +51,7 @@ def new(name):
     """Make a worktree on the last keep, and say what comes next."""
     if find_folder(name).exists():
         raise SystemExit(f"wave/{name} exists: edit it, or use another name")
-    night, _, _, problems = ledger.load()
+    night, _, _, problems = ledger.refresh()
     call_git("worktree", "prune")  # git remembers one that was removed by hand
     no_hooks = ("-c", "core.hooksPath=/dev/null")  # those of a checkout are for people
     call_git(*no_hooks, "worktree", "add", "-q", "--detach", str(find_folder(name)), night.last_keep)
@@ -77,7 +77,7 @@ def commit(name, message):
 
 def clean():
     """Remove the worktrees without changes, but not those with an undecided commit that has begun to run."""
-    night, _, _, _ = ledger.load()
+    night, _, _, _ = ledger.refresh()
     for name, checkout in night.worktrees.items():
         begun = [commit for commit in checkout.line if commit in commits_of_wave(night) and is_begun(commit, night)]
         if begun:
@@ -106,7 +106,7 @@ def is_begun(commit, night):
 def run(wait, slot):
     """Submit all that is needed, wait until a job ends, record and decide, submit what is needed now; say what next."""
     client = connect()
-    night, place, _, _ = ledger.load()
+    night, place, _, _ = ledger.refresh()
     before = set(night.runs)
     collect(client, place)
     night = submit(client, slot)
@@ -121,7 +121,7 @@ def run(wait, slot):
             night = submit(client, slot)
 
     # what is new; another process may have recorded it
-    night, _, journal, problems = ledger.load()
+    night, _, journal, problems = ledger.refresh()
     for ended in night.runs.values():
         log = log_path(place, ended.run)
         if ended.run not in before:
@@ -160,7 +160,7 @@ def print_out(client, night):
 
 def submit(client, slot):
     """Send all that the night needs and that is not out. Returns the night."""
-    night, _, _, _ = ledger.load()
+    night, _, _, _ = ledger.refresh()
 
     # the branch goes with the keeps; where HEAD is an idea, `next:` says so
     if night.head in night.kept[:-1] and not night.changed:
@@ -201,7 +201,7 @@ def send(client, night, state, slot):
         files = Path(folder, "files")
         runner.write_files(files, state["commit"])
         try:
-            # of the node: where `uv run` has started Ray, Ray would make an environment of its own for each commit
+            # the node's Python: where `uv run` has started Ray, Ray would make an environment for each commit
             environment = {"working_dir": str(files), "py_executable": "python"}
             client.submit_job(entrypoint=command, submission_id=state["job"], runtime_env=environment, **slot)
         except RuntimeError as error:
