@@ -474,7 +474,9 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    if options.command == "start":
+    if options.command == "start" and "/" in options.tag:
+        raise SystemExit("a tag with / is a night on a hub: uv run swarm/hub.py join (swarm/program.md)")
+    elif options.command == "start":
         start(options.tag, options.until)
     elif options.command == "run":
         run()

@@ -107,7 +107,8 @@ def home_problems():
         return [str(error)]
     found = []
     try:
-        if not (home / "current").exists():
+        current = home / "current"
+        if not current.exists() or not (home / current.read_text().strip() / "benchmark.json").exists():
             found.append("no benchmark is prepared: uv run prepare.py")
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / "night.lock", timeout=LOCK_SECONDS):

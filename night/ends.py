@@ -139,7 +139,7 @@ def scored_lines(state, scored, night):
     usual = [run for run in night.runs.values() if run.product_ms and run.device == line["device"]]
     speed = machine_speed(line["product_ms"], usual)
     is_known = len(usual) >= LEAST_SPEEDS and not scored.get("recompiled")
-    is_last = times_disturbed(line, night) == rules.MOST_DISTURBED - 1
+    is_last = times_disturbed(line, night) >= rules.MOST_DISTURBED - 1
     if speed < SLOW_MACHINE and is_known and not is_last:
         return [line | {"state": "disturbed", "reason": f"the machine ran at {speed:.2f} of its usual speed"}]
     found = [line]

@@ -255,10 +255,11 @@ def commits_above(night):
 def needed_in_wave(night, *others):
     """
     The runs that the ideas in the worktrees of a wave, and in other checkouts, need: [Training]. At the end only those
-    that have begun.
+    that have begun. Without a cluster the worktrees wait.
     """
+    worktrees = night.worktrees.values() if night.on_cluster else ()
     found = []
-    for checkout in (*night.worktrees.values(), *others):
+    for checkout in (*worktrees, *others):
         view = view_of(night, checkout)
         if not is_candidate(view):
             continue

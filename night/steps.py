@@ -91,6 +91,8 @@ def for_the_human(night):
         found = f"the untouched train.py does not get through a run: {baseline[-1].reason}"
     elif len(baseline) >= 2 and all(run.state == "crash" for run in baseline[-2:]):
         found = f"the untouched train.py crashes here: {baseline[-1].reason}"
+    elif night.out and not night.on_cluster:
+        found = f"jobs are out, {len(night.out)} of them, but no cluster is named (RAY_API_SERVER_ADDRESS)"
     elif too_few_scores(night):
         found = f"the baseline has fewer than {LEAST_SCORES} scores"
     else:
@@ -186,13 +188,15 @@ def with_an_idea(night):
     # its runs, unless the bar has to be sharpened before the first of them
     missing = needed(night.head, night)
     if not missing:
-        return go_back(night, "its runs decide nothing, for the last keep has no score that counts")
+        return go_back(
+            night, "its runs are decided later: with the rest of its wave, or when the last keep has a score"
+        )
     again = needed_again(night)
     if again and not attempt.runs:
         return run_step(night, again[0], f"the last keep once more: {AGAIN_RUNS} runs have passed")
     if not attempt.counted():
         return run_step(night, missing[0], "a new idea")
-    return run_step(night, missing[0], "promising")
+    return run_step(night, missing[0], attempt.verdict or "promising")
 
 
 def can_be_simpler(attempt):

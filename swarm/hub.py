@@ -49,7 +49,7 @@ def exchange(message=None):
             append(place, night, {"kind": "say", "time": now(), "commit": night.head, "message": message})
     reason = send(night)
     if reason:
-        print(f"the hub was not reached: {reason}; the next exchange sends it")
+        print(f"not all was exchanged: {reason}; the next exchange goes on")
     return night
 
 

@@ -142,7 +142,9 @@ def problems_of_worktrees(night):
             found.append(f"wave/{name}/train.py has changes: commit them, {commit_line(name)}")
         is_open = not night.attempt(head).verdict and head not in night.kept
         if is_open and not is_candidate(view_of(night, checkout)):
-            found.append(f"wave/{name} does not stand on the last keep: its idea is not run, make it in a new worktree")
+            found.append(
+                f"wave/{name} is not on the last keep, or changes more than train.py: make its idea in a new worktree"
+            )
     return found
 
 
@@ -204,10 +206,10 @@ def send(client, night, state, slot):
             # the node's Python: where `uv run` has started Ray, Ray would make an environment for each commit
             environment = {"working_dir": str(files), "py_executable": "python"}
             client.submit_job(entrypoint=command, submission_id=state["job"], runtime_env=environment, **slot)
+            print(f"submitted: {short(state['commit'])} seed {state['seed']}, {state['role']}")
         except RuntimeError as error:
             if "already exists" not in str(error):  # another `run` was faster
                 raise
-    print(f"submitted: {short(state['commit'])} seed {state['seed']}, {state['role']}")
 
 
 def collect(client, place):

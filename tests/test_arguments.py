@@ -24,6 +24,7 @@ WRONG = {  # words of the answer: the lines
         "required: tag, --until": ["start"],
         "required: --until": ["start x"],
         "--until soon: ": ["start x --until soon"],
+        "swarm/hub.py join": ["start a/b --until 9"],
         "opem": ["opem"],
         "--status": ["--status"],
         "unrecognized arguments: x": ["keep x"],

@@ -172,6 +172,7 @@ PROBLEMS = {  # what is wrong (a command, or a variable), and the fix
     "branch of the night": ("git branch autoresearch/test", "git checkout autoresearch/test"),
     "its record": ("mkdir -p .git/autoresearch/test; touch .git/autoresearch/test/record.jsonl", "take another tag"),
     "no benchmark": ("rm ../home/current", "uv run prepare.py"),
+    "a benchmark that is gone": ("rm -r ../home/local", "uv run prepare.py"),
     "a home that is a file": ("rm -r ../home; touch ../home", "set AUTORESEARCH_HOME to a folder on a local disk"),
     "a hook that refuses": (hook("pre-commit", "exit 1"), "git config core.hooksPath /dev/null"),
     "the same, detached": ("git checkout -q --detach;" + hook("pre-commit", "exit 1"), "core.hooksPath"),

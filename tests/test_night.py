@@ -233,7 +233,7 @@ NIGHTS = {  # night -> command, words of the reason, the run if it is one
     "simpler": (
         night_of(*BASE, (A, 1, 1.001), decision_line(A, "simpler", "hand"), at=A),
         RUN,
-        "promising",
+        "simpler",
         ("idea", A, 2),
     ),
     "kept": (night_of(*KEPT, at=A), IDEA, "git commit", None),
@@ -462,6 +462,10 @@ def test_what_comes_next_in_a_wave():
     assert next_step(wave_of(*BASE)).command == steps.WAVE_RUN
     assert next_step(wave_of(ideas=[])).command == steps.WAVE_RUN  # the baseline
     assert next_step(wave_of(ideas=[], on_cluster=False)).command == RUN
+    lost = next_step(wave_of(*BASE, out=[("idea", A, 1)], on_cluster=False))
+    assert lost.kind == "tell" and "jobs are out, 1 of them, but no cluster" in lost.command
+    assert next_step(wave_of(*BASE, on_cluster=False)).command == IDEA
+    assert verdicts(wave_of(*BASE, *WINNERS[3:], line=(S, B), on_cluster=False))[1] == "keep"
     assert next_step(wave_of(*BASE, (A, 1, 1.1), (B, 1, 1.1))).command == steps.NEW_WORKTREE
     gone = wave_of(*BASE, (A, 1, 0.99), ideas=[])
     assert gone.attempt(A).decision.reason.startswith("abandoned") and next_step(gone).kind == "idea"

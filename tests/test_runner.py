@@ -269,6 +269,10 @@ DISTURBED = {
     "earlier": ([dict(steps=40), dict(steps=100), {}], [("disturbed", 1), ("scored", 2), ("scored", 1)]),
     "elsewhere": ([dict(device="another"), {}], [("elsewhere", 1), ("scored", 1)]),
     "slow machine": ([dict(product_ms=1.2)] * 3, [("disturbed", 1), ("disturbed", 1), ("scored", 1)]),
+    "slow machine, when its third run is disturbed by a later one": (
+        [dict(product_ms=1.2)] * 3 + [dict(steps=300), dict(product_ms=1.2, steps=300)],
+        [("disturbed", 1)] * 3 + [("scored", 2), ("scored", 1)],
+    ),
     "slow steps of its own": ([dict(slow_steps_percent=30, recompiled=9)], [("scored", 1)]),
     "slower machine": ([dict(product_ms=1.1)], [("scored", 1)]),
     "slow machine that recompiled": ([dict(product_ms=1.2, recompiled=9)], [("scored", 1)]),

@@ -341,7 +341,7 @@ def test_an_idea_that_is_not_on_the_last_keep_is_named(sender):
         night, _ = read_night("night")
     assert old not in [training.commit for training in needed_on_cluster(night)]
     assert wave.problems_of_worktrees(night) == [
-        "wave/old does not stand on the last keep: its idea is not run, make it in a new worktree"
+        "wave/old is not on the last keep, or changes more than train.py: make its idea in a new worktree"
     ]
 
 
