@@ -150,7 +150,7 @@ def test_an_honest_night(book, cells, tmp_path):
         "disturbed 30% slow",
         "no samples: there is no best.pt to load",
         "agree. Validation gained 0.020000, the holdout 0.020000: the gain is real.\n",
-        "Gain on fresh seeds: +0.020000; on the holdout +0.020000\n",
+        "the gain to report, on fresh seeds: +0.020000\n",
         f"Drift: {book.start[:7]}, run again later, +0.005000\n",
         "Last run: COMPILE: torch",
     ):
@@ -318,7 +318,7 @@ def test_verdict(book, cells, roles, score, holdout, words):
     found, text = cells()
     gains = f"Validation gained {1 - score:.6f}, the holdout {-holdout:.6f}"
     assert f"{gains}: {words}" in found["conclusion"]
-    assert ("within the noise floor; on" in text) == (roles == "final" and score == 0.998)
+    assert ("within the noise floor of" in text) == (roles == "final" and score == 0.998)
 
 
 AGENTS = """ada a keep 1.0 cpu
