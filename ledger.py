@@ -31,7 +31,7 @@ from harness.common import OneLineParser, find_home, git, now, resolve, run_comm
 from harness.journal import flags, read_journal, refuse_unwritable
 from night import checks, clients, ends, runner
 from night.record import NoNight, append, find_tag, read_night, read_run, recording
-from night.rules import bar, gains_of, is_over, noise_floor, scores_of, short
+from night.rules import bar, is_over, noise_floor, scores_of, short
 from night.steps import RUN, next_step
 from night.view import move_aside, rows_of, write_view
 
@@ -169,18 +169,11 @@ def run_in_words(run, night):
     return words
 
 
-def sparkline(values, width=60):
-    """Values as one line of block characters, at most `width` of them; nothing where they can't be printed."""
-    width = min(width, len(values))
-    values = [values[len(values) * (part + 1) // width - 1] for part in range(width)]
+def sparkline(values):
+    """Values as one line of block characters."""
     low = min(values)
     span = max(values) - low or 1
-    blocks = "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in values)
-    try:
-        blocks.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return ""
-    return blocks
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in values)
 
 
 def print_json():
@@ -336,29 +329,16 @@ def decide(decision):
     if night.last_keep not in night.line and decision == "keep":
         raise SystemExit(f"not kept: {next_step(night).reason}; next: {next_step(night).command}")
 
-    # a decision by hand: the rule overrules only `simpler`
-    gains = gains_of(night.head, night)
-    values = {"commit": night.head, "decision": decision, "by": "hand", "reason": "by hand"}
+    # a keep is a wish, which the rule decides as soon as there is a second run
+    values = {"decision": "discard", "reason": "by hand"}
     if decision == "keep":
-        values |= decide_keep(night, attempt, gains)
-    if gains and not math.isnan(gains[-1]):
-        values["gain"] = round(gains[-1], 6)
+        values = {"decision": "simpler", "reason": "it is kept if its second run is not worse than the last keep"}
     with recording(night.tag) as (night, place):
-        append(place, night, {"kind": "decision", "time": now(), **values})
-        write_view(common.ROOT, night, place)
-    print(f"decision: {values['decision']} {short(night.head)}, {values['reason']}")
+        append(place, night, {"kind": "decision", "time": now(), "commit": night.head, "by": "hand", **values})
+    night, _, _, _ = refresh()
+    made = night.attempt(night.head).decision
+    print(f"decision: {made.decision} {short(night.head)}, {made.reason}")
     print_next(night)
-
-
-def decide_keep(night, attempt, gains):
-    """What to change in the values of a keep, a dict: kept now, or `simpler` until a second run. Raises SystemExit."""
-    if any(run.state == "crash" for run in attempt.of_role("idea")):
-        raise SystemExit(f"{short(night.head)} has crashed: mend it in a new commit")
-    if len(gains) < 2:
-        return {"decision": "simpler", "reason": "it is kept if its second run is not worse than the last keep"}
-    if not gains[-1] >= 0:
-        raise SystemExit(f"keep is for what is simpler and not worse: its gain is {gains[-1]:+.6f}")
-    return {"reason": "by hand: simpler, and not worse"}
 
 
 # --------------------------------------

@@ -53,6 +53,17 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def matching(pattern, advice):
+    """A type of argparse: printable texts that match a pattern."""
+
+    def check(text):
+        if not text.isprintable() or not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(advice)
+        return text
+
+    return check
+
+
 def run_command(main):
     """Run the main() of a program that prints lines. It ends quietly on Ctrl-C, or when its reader does (`| head`)."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a description shows ? in it

@@ -57,7 +57,7 @@ def settle(place, night, journal, running):
             append(place, night, *end_lines(state, scored.get(state["run"]), night))
     night.out = [job for job in night.out if job["run"] not in night.runs]
     for decision in rules.due_decisions(night):
-        append(place, night, {"kind": "decision", "time": now(), **as_line(decision)})
+        append(place, night, {"kind": "decision", **vars(decision), "time": now()})
     for path in over:
         path.unlink(missing_ok=True)
 
@@ -65,11 +65,6 @@ def settle(place, night, journal, running):
 def is_ours(state, place):
     """Whether the run began in this folder on this machine. A folder copied in mid-run has its run.json, too."""
     return (state["host"], state["folder"]) == (platform.node(), str(place))
-
-
-def as_line(item):
-    """A Decision as the values of a line, without those that say nothing."""
-    return {name: value for name, value in vars(item).items() if value not in (None, "") and name != "time"}
 
 
 def end_lines(state, scored, night):

@@ -46,25 +46,18 @@ def find_tag():
     branch = git("symbolic-ref", "-q", "--short", "HEAD").output
     if branch.startswith(PREFIX):
         return branch.removeprefix(PREFIX)
-    nights = git("for-each-ref", "--sort=committerdate", "--format=%(refname:short)", f"refs/heads/{PREFIX}").output
+    form = "--format=%(refname:short) %(worktreepath)"
+    nights = git("for-each-ref", "--sort=committerdate", form, f"refs/heads/{PREFIX}").output.splitlines()[::-1]
     place = branch or "a detached HEAD"
     if not nights:
         raise NoNight(f"no night on {place}; next: uv run ledger.py start <tag> --until <when>")
-    *older, latest = nights.split()
 
     # git checks a branch out once
-    folder = folder_of(latest)
+    latest, _, folder = nights[0].partition(" ")
     if folder:
         raise NoNight(f"no night on {place}: {latest} is checked out in {folder}, work there")
-    raise NoNight(f"no night on {place}; next: git checkout -q {latest}{''.join(f', or {name}' for name in older)}")
-
-
-def folder_of(branch):
-    """The working folder in which a branch is checked out; "" if it is in none."""
-    for entry in git("worktree", "list", "--porcelain").output.split("\n\n"):
-        if f"branch refs/heads/{branch}" in entry.split("\n"):
-            return entry.split("\n")[0].removeprefix("worktree ")
-    return ""
+    names = ", or ".join(night.split(" ")[0] for night in nights)
+    raise NoNight(f"no night on {place}; next: git checkout -q {names}")
 
 
 @contextlib.contextmanager

@@ -87,14 +87,6 @@ def gains_of(commit, night):
     return gains
 
 
-def least_gain(commit, night):
-    """What each step of a commit must gain. Without a repeated run there is no floor: any gain will do."""
-    floor = noise_floor(night, without=commit)
-    if math.isnan(floor):
-        return 0.0
-    return QUARTER * floor
-
-
 def final_gain(night):
     """The gain of the last keep over the baseline with the seeds that selected nothing; NaN until both have run."""
     means = []
@@ -170,12 +162,15 @@ def judge(attempt, night):
     if not gains or math.isnan(gains[-1]) or lacks_baseline(night):
         return None
     floor = noise_floor(night, without=attempt.commit)
-    numbers = dict(gain=round(gains[-1], 6), floor=None if math.isnan(floor) else round(floor, 6))
+    numbers = dict(gain=round(gains[-1], 6), floor=None)
+    least = 0.0  # without a repeated run there is no floor: any gain will do
+    if not math.isnan(floor):
+        numbers["floor"] = round(floor, 6)
+        least = QUARTER * floor
     if attempt.verdict == "simpler":
         return judge_simpler(attempt, gains, numbers)
 
     # each step of the way, in order
-    least = least_gain(attempt.commit, night)
     for place, gained in enumerate(gains):
         if not gained > least:
             reason = f"gain of {STEPS[place]}: {gained:+.6f}, needed: more than {least:.6f}"

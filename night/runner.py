@@ -12,6 +12,7 @@ Sections: Begin, Keep, Logs. ends.py judges how a run has ended.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -117,10 +118,12 @@ class Keeper:
         self.state = read_run(place)
         self.process = None
         self.interrupted = False
+        self.patience = math.inf  # until when a training may go on after an interrupt
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
         self.interrupted = True
+        self.patience = time.monotonic() + INTERRUPT_SECONDS
         if self.process:
             kill_group(self.process, signal.SIGINT)
 
@@ -153,9 +156,18 @@ class Keeper:
         command = [state["python"], "train.py"]
         self.process = subprocess.Popen(command, cwd=self.place / "run", start_new_session=True, **options)
         self.write(pid=self.process.pid)
-        end = wait(self.process, lambda: self.interrupted, state["limit"])
+        end = self.wait()
         kill_group(self.process, signal.SIGKILL)  # what it has left behind
         return end
+
+    def wait(self):
+        """Wait for the end of the training, at most its limit, or INTERRUPT_SECONDS after an interrupt."""
+        deadline = time.monotonic() + self.state["limit"]
+        while time.monotonic() < min(deadline, self.patience):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return {"exit": self.process.wait(0.2)}
+        kill_group(self.process, signal.SIGKILL)
+        return {"exit": self.process.wait(), "ended": f"not over after {self.state['limit']:.0f} s"}
 
     def wait_for_device(self):
         """Wait for the lock that the training has named, without starting Python again and again."""
@@ -166,20 +178,6 @@ class Keeper:
             with contextlib.suppress(Timeout), FileLock(path, timeout=1, mode=0o666):
                 break
         self.write(waiting="")
-
-
-def wait(process, is_interrupted, limit):
-    """Wait for the end of a training, at most `limit` seconds, or INTERRUPT_SECONDS after an interrupt."""
-    deadline = time.monotonic() + limit
-    patience = None
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return {"exit": process.wait(0.2)}
-        if is_interrupted() and patience is None:
-            patience = time.monotonic() + INTERRUPT_SECONDS
-        if time.monotonic() > min(deadline, patience or deadline):
-            kill_group(process, signal.SIGKILL)
-            return {"exit": process.wait(), "ended": f"not over after {limit:.0f} s"}
 
 
 def kill_group(process, number):

@@ -140,7 +140,7 @@ def result_of(night):
     # the difference of the final runs, which selected nothing
     gained = final_gain(night)
     if math.isnan(gained):
-        return "the final runs have no score, so no gain is confirmed"
+        return "baseline and last keep have no final runs with a score, so no gain is confirmed"
     words = f"the gain to report, on fresh seeds: {gained:+.6f}"
     floor = noise_floor(night)
     if abs(gained) <= floor:
@@ -224,29 +224,29 @@ def with_the_last_keep(night):
         return Step("idea", "# a new idea is in train.py: finish it", when_done)
 
     # now and then another kind of idea is due
-    if night.last_keep != night.start and ideas_since_pruning(night) >= PRUNING_IDEAS:
+    if night.last_keep != night.start and ideas_since(night, is_pruning) >= PRUNING_IDEAS:
         reason = "pruning is due: remove one change that was kept, with a message that begins with `prune`; if the "
         reason += "score stays about as good: uv run ledger.py keep"
         return Step("idea", command, reason)
-    lost = ideas_since_keep(night)
+    lost = ideas_since(night, is_keep)
     if lost >= STUCK_IDEAS:
         return Step("idea", command, f"{lost} ideas in a row were not kept: change the structure, not a number")
     return Step("idea", command, when_done)
 
 
-def ideas_since_pruning(night):
+def ideas_since(night, is_last):
+    """How many ideas were decided after the last one whose Try `is_last`."""
     count = 0
     for commit in night.decided:
         count += 1
-        if night.attempt(commit).description.startswith("prun"):
+        if is_last(night.attempt(commit)):
             count = 0
     return count
 
 
-def ideas_since_keep(night):
-    count = 0
-    for decision in night.decided.values():
-        count += 1
-        if decision.decision == "keep":
-            count = 0
-    return count
+def is_pruning(attempt):
+    return attempt.description.startswith("prun")
+
+
+def is_keep(attempt):
+    return attempt.verdict == "keep"

@@ -56,11 +56,6 @@ def asking():
         raise SystemExit(f"{reason}; where it has ended, the human runs {START}") from None
 
 
-def has_begun(job):
-    """Whether a job was ever on a node. Ray ends those that wait in its queue for fifteen minutes."""
-    return bool(job.driver_node_id)
-
-
 def list_jobs(client):
     """All jobs of the cluster, by name."""
     with asking():

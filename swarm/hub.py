@@ -13,7 +13,6 @@ Only train.py is ever taken from others. share.py has what goes to the hub and c
 Sections: Exchange, Frontier, Look, Adopt, Command line.
 """
 
-import argparse
 import math
 import re
 import statistics
@@ -26,11 +25,11 @@ from filelock import FileLock, Timeout
 sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ there
 
 import ledger
-from harness.common import OneLineParser, call_git, git, now, printable, resolve, run_command
+from harness.common import OneLineParser, call_git, git, matching, now, printable, resolve, run_command
 from night.record import append, read_night, recording
 from night.rules import bar, noise_floor, short
 from night.steps import next_step
-from swarm.share import NAME, NETWORK_SECONDS, join, own_tag, read_agents, receive, send
+from swarm.share import NAME, NETWORK_SECONDS, join, read_agents, receive, send
 
 SHOWN = 20  # lines of `look`
 BEST = 5  # of the frontier
@@ -42,10 +41,11 @@ HASH = "[0-9a-f]{7,64}"
 
 def exchange(message=None):
     """Share this agent's night, with a message. Returns the night."""
-    tag = own_tag()
     night, _, _, _ = ledger.refresh()
+    if "/" not in night.tag:
+        raise SystemExit(f"the night {night.tag} is on no hub: join one from a clone of its own")
     if message:
-        with recording(tag) as (night, place):
+        with recording(night.tag) as (night, place):
             append(place, night, {"kind": "say", "time": now(), "commit": night.head, "message": message})
     reason = send(night)
     if reason:
@@ -194,17 +194,6 @@ def adopt(name):
 
 # --------------------------------------
 # Command line
-
-
-def matching(pattern, advice):
-    """A type of argparse: printable texts that match a pattern."""
-
-    def check(text):
-        if not text.isprintable() or not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(advice)
-        return text
-
-    return check
 
 
 def parse_arguments(arguments=None):

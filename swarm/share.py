@@ -10,7 +10,7 @@ import re
 
 import ledger
 from harness.common import call_git, git, resolve, write_atomically
-from night.record import PREFIX, find_place, find_tag, parse_night, recording
+from night.record import PREFIX, find_place, parse_night, recording
 from night.rules import short
 
 NETWORK_SECONDS = 300  # for a fetch or a push
@@ -196,11 +196,3 @@ def restore_record(tag):
     call_git("fetch", "-q", ".", *(f"+{place}/tries/{tag}/*:refs/tries/*" for place in PLACES))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, call_git("cat-file", "blob", f"{own}:record.jsonl", seconds=NETWORK_SECONDS) + "\n")
-
-
-def own_tag():
-    """The tag of the night that is checked out. Raises SystemExit if it is on no hub."""
-    tag = find_tag()
-    if "/" not in tag:
-        raise SystemExit(f"the night {tag} is on no hub: join one from a clone of its own")
-    return tag

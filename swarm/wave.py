@@ -13,10 +13,8 @@ job.py runs on the nodes.
 Sections: Worktrees, Run, Jobs, Command line.
 """
 
-import argparse
 import contextlib
 import json
-import re
 import shlex
 import sys
 import tempfile
@@ -27,14 +25,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # Python has put swarm/ t
 
 import ledger
 from harness import common
-from harness.common import OneLineParser, call_git, find_home, first_line, git, run_command, write_atomically
+from harness.common import OneLineParser, call_git, find_home, first_line, git, matching, run_command, write_atomically
 from harness.journal import add_run
 from night import runner
 from night.record import read_jobs, recording
 from night.rules import commits_of_wave, is_candidate, needed_on_cluster, short, view_of
 from night.steps import WAVE_RUN, next_step
-from swarm.cluster import asking, choose_slot, connect, has_begun, list_jobs, living_nodes
+from swarm.cluster import asking, choose_slot, connect, list_jobs, living_nodes
 from swarm.job import RESULT
+from swarm.share import NAME
 
 COMMAND = WAVE_RUN.removesuffix(" run")
 WAIT_SECONDS = 540  # for a result; clients end a command that takes longer
@@ -219,7 +218,7 @@ def collect(client, place):
         job = jobs.get(state["job"])
         if "exit" in state or job is None or not job.status.is_terminal():
             continue
-        if not has_begun(job):
+        if not job.driver_node_id:  # it was on no node: Ray ends those that wait in its queue for fifteen minutes
             path.unlink(missing_ok=True)  # so it is sent anew
             continue
         log = log_path(place, state["run"])
@@ -260,25 +259,15 @@ def read_end(client, job, path):
 # Command line
 
 
-def worktree_name(text):
-    if not re.fullmatch("[A-Za-z0-9_-]+", text):
-        raise argparse.ArgumentTypeError(f"{text}: must be of letters, digits, - and _")
-    return text
-
-
-def count(text):
-    if not re.fullmatch("[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number from 1")
-    return int(text)
-
-
 def parse_arguments(arguments=None):
+    name = matching(NAME, "take letters, digits, - and _")
+    count = matching("[1-9][0-9]{0,8}", "must be a number from 1")
     parser = OneLineParser(description="Many experiments at once: see swarm/program.md.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="new | commit | run | clean")
     worktree = commands.add_parser("new", allow_abbrev=False, help="a worktree on the last keep")
-    worktree.add_argument("name", type=worktree_name, help="of the idea: letters, digits, - and _")
+    worktree.add_argument("name", type=name, help="of the idea: letters, digits, - and _")
     idea = commands.add_parser("commit", allow_abbrev=False, help="commit the train.py of a worktree")
-    idea.add_argument("name", type=worktree_name)
+    idea.add_argument("name", type=name)
     idea.add_argument("message", help="such as 'a deeper model; expect +0.002'")
     running = commands.add_parser("run", allow_abbrev=False, help="train all that is needed, wait for a result")
     running.add_argument("--wait", type=count, default=WAIT_SECONDS, metavar="SECONDS", help="default 540")
@@ -297,7 +286,7 @@ def main(arguments=None):
         commit(options.name, options.message)
     elif options.command == "run":
         slot = {"entrypoint_num_gpus": options.gpus, "entrypoint_num_cpus": options.cpus}
-        run(options.wait, {name: amount for name, amount in slot.items() if amount})
+        run(int(options.wait), {name: int(amount) for name, amount in slot.items() if amount})
     else:
         clean()
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from datetime import datetime, timedelta
 
 import pytest
@@ -25,11 +24,8 @@ from night.steps import NEW_IDEA, RUN
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 
-def test_sparkline(monkeypatch):
+def test_sparkline():
     assert ledger.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█" and ledger.sparkline([2, 2]) == "▁▁"
-    assert ledger.sparkline(list(range(500))) == ledger.sparkline(list(range(60)))
-    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(encoding="ascii"))
-    assert ledger.sparkline([1, 2]) == ""
 
 
 SOON, BEFORE = [(datetime.now().astimezone() + timedelta(hours=h)).replace(second=0, microsecond=0) for h in (2, -2)]
@@ -488,8 +484,8 @@ DECIDED = {  # what the agent decides of HEAD with these runs, and the answer; a
     "discard of the baseline": ("discard", None, "the baseline is what all is compared with"),
     "keep without a run": ("keep", [], f"has no run that counts; next: {RUN}"),
     "discard without a run": ("discard", [], f"has no run that counts; next: {RUN}"),
-    "keep of a crash": ("keep", [0.98, None], "has crashed: mend it in a new commit"),
-    "keep of what is worse": ("keep", [0.98, 1.1], "its gain is -0.100000"),
+    "keep of a crash": ("keep", [0.98, None], "decision: discard"),
+    "keep of what is worse": ("keep", [0.98, 1.1], "decision: discard"),
     "keep of what is kept": ("keep", [0.98, 0.98, 0.98], "is kept already"),
 }
 
@@ -502,7 +498,8 @@ def test_what_the_agent_decides(name, night):
     before = night.decisions()
     if answer.startswith("decision: "):
         verdict = answer.removeprefix("decision: ")
-        assert answer in night.say(command) and night.decisions() == [(night.whole(), verdict, "hand")]
+        by = "rule" if len(scores) > 1 else "hand"  # a keep is a wish
+        assert answer in night.say(command) and night.decisions() == [(night.whole(), verdict, by)]
         back = f"git reset -q --keep {night.start[:7]}"
         assert night.next() == {"keep": NEW_IDEA, "simpler": RUN, "discard": back}[verdict]
     else:
