@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -88,33 +89,21 @@ class Segment:
 
     def optimizer_share(self, steps=50):
         """Of the time of a step."""
-        spent = []
-
-        def timed(step):
-            def call():
-                start = self.now()
-                step()
-                spent.append(self.now() - start)
-
-            return call
-
         # waiting for the device around each optimizer makes the step slower, its share stays about the same
+        begun, ended = [], []
         for optimizer in self.optimizers:
-            optimizer.step = timed(optimizer.step)
+            optimizer.register_step_pre_hook(lambda *_: begun.append(self.now()))
+            optimizer.register_step_post_hook(lambda *_: ended.append(self.now()))
         start = self.now()
         for _ in range(steps):
             self.step()
-        return sum(spent) / (self.now() - start)
+        return (sum(ended) - sum(begun)) / (self.now() - start)
 
     def peak(self):
         """FLOPs a second of a product of large matrices."""
         size = {"cpu": 1024}.get(self.device.type, 8192)
         a = self.torch.randn(size, size, device=self.device, dtype=self.setup.dtype)
-        seconds = []
-        for _ in range(20):
-            start = self.now()
-            a @ a
-            seconds.append(self.now() - start)
+        seconds = timeit.repeat(lambda: (a @ a, self.now()), number=1, repeat=20)
         return 2 * size**3 / min(seconds)
 
 
@@ -194,9 +183,6 @@ def train_steps(steps):
     sys.path.insert(0, os.getcwd())
     import prepare
 
-    if not hasattr(prepare, "score"):
-        sys.exit("bench.py: the harness of this commit is too old")
-
     class Clock(prepare.TrainingClock):
         """Each step takes the same share of the budget."""
 
@@ -222,14 +208,6 @@ def train_steps(steps):
     import train
 
     train.main()
-
-
-def parse_seeds(text):
-    """1-5, or 1,2,7."""
-    first, _, last = text.partition("-")
-    if last:
-        return range(int(first), int(last) + 1)
-    return [int(seed) for seed in text.split(",")]
 
 
 # --------------------------------------
@@ -284,22 +262,19 @@ def long_night(begun, count, agent):
 
 def fill_hub(hub, begun):
     """Write the records of AGENTS agents, and a ref for each of their tries, into a bare repository."""
+    from harness.common import call_git
+
     refs = []
     for agent in range(AGENTS):
         lines = [json.dumps(line) + "\n" for line in (begun, *long_night(begun, AGENT_RUNS, agent + 1))]
-        blob = ask_git(hub, "".join(lines), "hash-object", "-w", "--stdin")
-        tree = ask_git(hub, f"100644 blob {blob}\trecord.jsonl\n", "mktree")
-        refs.append((f"results/long/agent-{agent}", ask_git(hub, "", "commit-tree", tree, "-m", "record")))
+        blob = call_git("hash-object", "-w", "--stdin", folder=hub, text="".join(lines))
+        tree = call_git("mktree", folder=hub, text=f"100644 blob {blob}\trecord.jsonl\n")
+        refs.append((f"results/long/agent-{agent}", call_git("commit-tree", tree, "-m", "record", folder=hub)))
         refs += [(f"tries/long/agent-{agent}/{number:07x}", begun["commit"]) for number in range(AGENT_RUNS // 5)]
-    known = ask_git(hub, "", "rev-parse", "HEAD")
+    known = call_git("rev-parse", "HEAD", folder=hub)
     text = "".join(f"create refs/{name} {known if name.startswith('tries') else commit}\n" for name, commit in refs)
-    ask_git(hub, text, "update-ref", "--stdin")
-    ask_git(hub, "", "gc", "-q")
-
-
-def ask_git(folder, text, *words):
-    command = ["git", "-C", folder, *words]
-    return subprocess.run(command, input=text, check=True, capture_output=True, text=True).stdout.strip()
+    call_git("update-ref", "--stdin", folder=hub, text=text, seconds=600)
+    call_git("gc", "-q", folder=hub, seconds=600)
 
 
 if __name__ == "__main__":
@@ -307,7 +282,8 @@ if __name__ == "__main__":
         case []:
             main()
         case ["--steps", steps, "--seeds", seeds, *commits] if commits:
-            compare(int(steps), parse_seeds(seeds), commits)
+            first, _, last = seeds.partition("-")
+            compare(int(steps), range(int(first), int(last or first) + 1), commits)
         case ["--look"]:
             look()
         case ["train", steps]:

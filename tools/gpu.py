@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from harness.common import sha256
+
 SHAPE = ["--dataset", "local", "--seq-len", "2048", "--vocab-size", "8192"]
 SHAPE += ["--val-rows", "1024", "--holdout-rows", "256"]
 OVERHEAD = 60  # seconds that a run takes beside its training, until one has been seen
@@ -41,10 +43,15 @@ VARIANTS = {  # of train.py: edits of its text, and constants
 }
 
 
+def path_of(name):
+    """The file of a variant: its own, or train.py."""
+    return ROOT / (name if name.endswith(".py") else "train.py")
+
+
 def load_variant(name):
     """A file as a module; or train.py, with the edits and constants of a variant."""
     edits, constants = VARIANTS.get(name, ([], {}))
-    path = Path(name) if name.endswith(".py") else ROOT / "train.py"
+    path = path_of(name)
     source = path.read_text()
     for old, new in edits:
         if source.count(old) != 1:
@@ -54,12 +61,6 @@ def load_variant(name):
     exec(compile(source, str(path), "exec"), vars(module))
     vars(module).update(constants)
     return module
-
-
-def run_variant(name):
-    """In a process of its own: train and score; the summary as the last line, in JSON."""
-    summary = load_variant(name).main()
-    print(json.dumps(summary, default=str))
 
 
 class Session:
@@ -83,7 +84,7 @@ class Session:
 
     def run(self, name, seed, seconds, kind="variant"):
         """One run, unless it was done before or does not fit any more. Returns its result, or None."""
-        key = dict(kind=kind, name=name, seed=seed, seconds=seconds)
+        key = dict(kind=kind, name=name, seed=seed, seconds=seconds, source=sha256(path_of(name))[:8])
 
         # done in an earlier call?
         for result in self.results:
@@ -92,15 +93,12 @@ class Session:
         if time.monotonic() + seconds + self.overhead > self.end:
             return None
 
-        # in a process of its own, so that no run finds the memory or the compiled code of another
+        # in a process of its own, so that no run finds the memory or compiled code of another; none outlasts the call
         started = time.monotonic()
-        process = subprocess.run(
-            [sys.executable, __file__, "--run", name],
-            cwd=ROOT,
-            env=self.environment | {"AUTORESEARCH_SEED": str(seed)},
-            capture_output=True,
-            text=True,
-        )
+        command = ["timeout", "--foreground", "--kill-after=10", f"{self.end - started:.0f}"]
+        command += [sys.executable, __file__, "--run", name]
+        environment = self.environment | {"AUTORESEARCH_SEED": str(seed)}
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         result = key | {"total": round(time.monotonic() - started, 1)}
 
         # the summary is the last line; of the others, those that report a fallback or a stall
@@ -110,7 +108,7 @@ class Session:
             result["log"] = [line for line in log if re.match(REPORTS, line)]
             self.overhead = result["total"] - float(result["training_seconds"]) + 5
         else:
-            result["error"] = process.stderr.strip().splitlines()[-1:]
+            result["error"] = [*process.stderr.strip().splitlines()[-1:], f"exit code {process.returncode}"]
 
         # kept at once: a call may be cut off
         self.results.append(result)
@@ -149,15 +147,17 @@ def parse_arguments():
     add("--run", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.variants:
-        if name not in VARIANTS and not name.endswith(".py"):
-            parser.error(f"no variant {name}; there are {', '.join(VARIANTS)}, and files")
+        if name not in VARIANTS and not (name.endswith(".py") and path_of(name).exists()):
+            parser.error(f"no variant {name}; there are {', '.join(VARIANTS)}, and files, seen from {ROOT}")
     return options
 
 
 def main():
     options = parse_arguments()
     if options.run:
-        return run_variant(options.run)
+        # in a process of its own: train and score; the summary is the last line
+        print(json.dumps(load_variant(options.run).main(), default=str))
+        return
 
     import torch
 
