@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.common import OneLineParser, explain, find_home, first_line, now, sha256, write_atomically
+from harness.common import OneLineParser, explain, find_home, now, sha256, write_atomically
 
 PROCESS_START = time.monotonic()  # before the imports that take seconds, so that total_seconds counts them
 
@@ -64,7 +64,6 @@ from harness.machine import (
     fetch_flash3,
     peak_memory_mb,
     refuse_old_gpu,
-    repair_compiler,
     synchronize,
     why_no_gpu,
 )
@@ -75,8 +74,7 @@ from harness.sources import LocalText
 from harness.tokenizer import Tokenizer, encode_batches
 
 # What train.py, the tools and the tests take from here; some of it lives in harness/
-__all__ = ["load_benchmark", "TrainingClock", "make_dataloader", "evaluate_bpb", "scoring_rows", "Tokenizer", "HOME"]
-__all__ += ["Progress", "runtime", "device_name", "PROCESS_START", "first_line", "synchronize", "repair_compiler"]
+__all__ = ["load_benchmark", "TrainingClock", "make_dataloader", "evaluate_bpb", "Tokenizer", "Progress", "runtime"]
 
 # --------------------------------------
 # Constants
@@ -173,10 +171,6 @@ def open_benchmark(path):
 # Build: text is read as batches, lists of documents (str) that stay on one side of the split
 
 
-class TooSmall(Exception):
-    """There is not enough text to score, or nothing is left to train on."""
-
-
 def build_climbmix(settings, num_shards):
     """
     One shard is the validation text: its first rows are val, the next ones holdout. train comes from the other shards.
@@ -189,6 +183,8 @@ def build_climbmix(settings, num_shards):
     scored = packed(tokenizer, parquet_batches(validation), settings)
     val = list(itertools.islice(scored, settings["val_rows"]))
     holdout = list(itertools.islice(scored, settings["holdout_rows"]))
+    if len(holdout) < settings["holdout_rows"]:
+        raise SystemExit(TOO_SMALL)
     train = packed(tokenizer, read_shards(training), settings)
     return tokenizer, val, holdout, train
 
@@ -224,12 +220,12 @@ def build_split(settings, read):
 
 
 def count_batches(batches, characters):
-    """How many batches have that many characters. Raises TooSmall if nothing comes after them."""
+    """How many batches have that many characters. Raises SystemExit if nothing comes after them."""
     for count, batch in enumerate(batches):
         if characters <= 0:
             return count
         characters -= sum(map(len, batch))
-    raise TooSmall
+    raise SystemExit(TOO_SMALL)
 
 
 def packed(tokenizer, batches, settings):
@@ -239,7 +235,7 @@ def packed(tokenizer, batches, settings):
 
 
 def write_benchmark(folder, settings, tokenizer, val, holdout, train):
-    """Write the files of a benchmark; returns what was counted. Raises TooSmall if a split has too few rows."""
+    """Write the files of a benchmark; returns what was counted. Raises SystemExit if nothing is left to train on."""
     row_length = settings["max_seq_len"] + 1
     tokenizer.save(folder)
     token_bytes = tokenizer.token_bytes()
@@ -249,17 +245,14 @@ def write_benchmark(folder, settings, tokenizer, val, holdout, train):
     scored = {row.tobytes() for row in (*val, *holdout)}
     unscored = (row for row in train if row.tobytes() not in scored)
 
-    written = {
-        "val": write_rows(folder / "val.npy", val, row_length),
-        "holdout": write_rows(folder / "holdout.npy", holdout, row_length),
-        "train": write_rows(folder / "train.npy", unscored, row_length),
-    }
-    wanted = {"val": settings["val_rows"], "holdout": settings["holdout_rows"], "train": 1}
-    if any(written[split] < wanted[split] for split in wanted):
-        raise TooSmall
+    write_rows(folder / "val.npy", val, row_length)
+    write_rows(folder / "holdout.npy", holdout, row_length)
+    train_rows = write_rows(folder / "train.npy", unscored, row_length)
+    if train_rows == 0:
+        raise SystemExit(TOO_SMALL)
     # a loss in nats per token is about val_bpb * bytes_per_token * ln 2
     bytes_per_token = float(token_bytes[np.concatenate(val)].mean())
-    return {"train_rows": written["train"], "bytes_per_token": round(bytes_per_token, 3)}
+    return {"train_rows": train_rows, "bytes_per_token": round(bytes_per_token, 3)}
 
 
 def build(request, source):
@@ -382,7 +375,6 @@ class TrainingClock:
         self.device = torch.device(device)
         self.started = None
         self.stopped = None
-        self.training_seconds = 0.0  # from start() to the score; check() sets it
         self.ticks = []  # (elapsed seconds, training rows so far) at the end of each step
         self.losses = [[] for _ in range(TENTHS)]
         self.speed = pace.SpeedProbe(self.device)
@@ -499,7 +491,6 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
     try:
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"not scored: the model must be a torch.nn.Module, not a {type(model).__name__}")
-        was_training = model.training
         model.eval()  # before clock.check() takes the time: train.py may override eval() and compute in it
         clock.check()
         pace.report_slow_step(clock)
@@ -508,7 +499,6 @@ def evaluate_bpb(model, benchmark, batch_size, clock):
         if benchmark != open_benchmark(benchmark.path) or benchmark != clock.benchmark:
             raise RuntimeError("not scored: the benchmark differs from the one on disk; use load_benchmark()")
         scores = score(model, benchmark, batch_size, clock.device)
-        model.train(was_training)
         run = describe_run(benchmark, clock, scores)
         journal.record_run(benchmark.path, run, model)
         return scores["val_bpb"]
@@ -585,7 +575,6 @@ def predict(model, inputs, vocab_size):
 
 def describe_run(benchmark, clock, scores):
     """A line of the journal: a dict."""
-    gpus = torch.cuda.device_count() if clock.device.type == "cuda" else 0
     return {
         "time": now(),
         "benchmark": benchmark.id,
@@ -606,7 +595,7 @@ def describe_run(benchmark, clock, scores):
         "scored_rows_read": rows_served["val"] + rows_served["holdout"],
         "peak_memory_mb": round(peak_memory_mb(clock.device), 1),
         "device": device_name(clock.device),
-        "gpus": sum(torch.cuda.max_memory_allocated(index) > 0 for index in range(gpus)),
+        "gpus": sum(torch.cuda.max_memory_allocated(index) > 0 for index in range(torch.cuda.device_count())),
     }
 
 
@@ -617,7 +606,7 @@ def describe_run(benchmark, clock, scores):
 def number(kind, least, most):
     """A type for argparse: a number of this kind in this range."""
 
-    def parse(text):
+    def number(text):
         value = kind(text)  # argparse reports a ValueError
         if float(value).is_integer():
             value = int(value)  # 60.0 s make the benchmark that 60 s make
@@ -625,8 +614,7 @@ def number(kind, least, most):
             raise argparse.ArgumentTypeError(f"{text}: must be between {least:,} and {most:,}")
         return value
 
-    parse.__name__ = kind.__name__  # which argparse names when the text is no number
-    return parse
+    return number
 
 
 def parse_arguments(arguments=None):
@@ -649,14 +637,9 @@ def parse_arguments(arguments=None):
     options = vars(parser.parse_args(arguments))
 
     # --text and --num-shards name their dataset, and go with no other
-    if "dataset" not in options:
-        if "text" in options:
-            options["dataset"] = "local"
-        elif "num_shards" in options:
-            options["dataset"] = "climbmix"
-    dataset = options.get("dataset")
-    if ("text" in options and dataset != "local") or ("num_shards" in options and dataset != "climbmix"):
-        parser.error(f"--dataset {dataset}: --text goes with local and --num-shards with climbmix")
+    for name, dataset in (("text", "local"), ("num_shards", "climbmix")):
+        if name in options and options.setdefault("dataset", dataset) != dataset:
+            parser.error(f"--dataset {options['dataset']}: --text goes with local and --num-shards with climbmix")
     return options
 
 
@@ -672,7 +655,7 @@ def choose_dataset():
     return dataset
 
 
-def print_summary(record, source):
+def print_summary(record):
     counts, settings = record["counts"], record["settings"]
     T = settings["max_seq_len"]
     text = ""
@@ -684,8 +667,6 @@ def print_summary(record, source):
     print(f"training:  {settings['time_budget']:g} s on {counts['train_rows'] * T:,} tokens{text}")
     print(f"scored:    {settings['val_rows'] * T:,} tokens of {counts['bytes_per_token']:.2f} bytes")
     print(f"holdout:   {settings['holdout_rows'] * T:,} tokens")
-    for line in source.skipped.lines() if source else []:
-        print(line)
     print("\nnext: uv run train.py")
 
 
@@ -726,13 +707,13 @@ def main(arguments=None):
     }
     try:
         record = prepare(request, source)
-    except TooSmall:
-        skipped = source.skipped.lines() if source else []
-        raise SystemExit("; ".join([TOO_SMALL, *skipped])) from None
     except OSError as error:
         raise SystemExit(f"prepare.py: {explain(error)}") from None
+    finally:
+        for line in source.skipped.lines() if source else []:
+            print(line)
     fetch_flash3()
-    print_summary(record, source)
+    print_summary(record)
 
 
 if __name__ == "__main__":

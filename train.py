@@ -504,7 +504,6 @@ def build_optimizers(model):
         dict(params=members["x0"], lr=X0_LR, weight_decay=0.0, betas=X0_BETAS),
     ]
     tables = [dict(params=members["sparse"], lr=NGRAM_LR * scale)]
-
     uses = Counter(weight for group in muon + adamw + tables for weight in group["params"])
     for name, weight in model.named_parameters():
         if weight.requires_grad and uses[weight] != 1:
@@ -634,7 +633,7 @@ def main():
                 f"step {step:05d} | {progress:.1%} | loss {loss_before:.4f} | epoch {batches[0][2]} | "
                 f"{tokens.total() / clock.elapsed:,.0f} tok/s | {benchmark.time_budget - clock.elapsed:.0f} s left"
             )
-            if not loss_before <= 50:  # NaN, too
+            if not loss_before <= 100:  # NaN, too
                 raise SystemExit(f"stopped at step {step - 1}: loss {loss_before}; lower the learning rates")
         clock.tick(loss_before)
     clock.stop()

@@ -125,9 +125,9 @@ def first_line(error):
     return text.splitlines()[0][:200]
 
 
-def printable(text, length):
-    """Anybody's text, on one line: blanks for white space, ? for what can't be printed."""
-    line = " ".join(text.split())
+def printable(text, length=None):
+    """Anybody's text, or a path, on one line: blanks for white space, ? for what can't be printed."""
+    line = " ".join(str(text).split())
     return "".join(letter if letter.isprintable() else "?" for letter in line[:length])
 
 

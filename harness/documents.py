@@ -7,28 +7,15 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from harness.common import first_line
+from harness.common import first_line, printable
 
 DOCUMENT_BATCH = 128  # documents that enter the packer's buffer together
 BLOCK_CHARACTERS = 65_536  # of a block of text, at least; it goes on to the end of its line, up to twice as many
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # suffix: pyarrow's name of it
-REASONS = {  # why something was left out, in words for one and for many
-    "unlisted": ("folder that cannot be read", "folders that cannot be read"),
-    "unreadable": ("file that cannot be read", "files that cannot be read"),
-    "pointer": ('file not fetched yet (run "git lfs pull")', 'files not fetched yet (run "git lfs pull")'),
-    "not UTF-8": ("file that is not UTF-8", "files that are not UTF-8"),
-    "bad record": ("record that is not UTF-8", "records that are not UTF-8"),
-    "no text": ("record without text", "records without text"),
-}
 
 
 # --------------------------------------
 # Left out
-
-
-def printable_path(path):
-    """A name on one line that every UTF-8 terminal can show."""
-    return "".join(character if character.isprintable() else "?" for character in str(path))
 
 
 class Skipped:
@@ -39,20 +26,13 @@ class Skipped:
         self.names = {}
 
     def add(self, reason, name):
-        """Count one more; `reason` is a key of REASONS."""
+        """Count one more that was left out for this reason, such as "files that are not UTF-8"."""
         self.counts[reason] += 1
-        self.names.setdefault(reason, printable_path(name))
+        self.names.setdefault(reason, printable(name))
 
     def lines(self):
-        """Lines to print, such as "skipped: 3 files that are not UTF-8, first notes/latin.txt"."""
-        lines = []
-        for reason, (singular, plural) in REASONS.items():
-            count = self.counts[reason]
-            if count == 1:
-                lines.append(f"skipped: 1 {singular}, {self.names[reason]}")
-            elif count > 1:
-                lines.append(f"skipped: {count:,} {plural}, first {self.names[reason]}")
-        return lines
+        """Lines to print, such as "skipped: files that are not UTF-8 (3), first notes/latin.txt"."""
+        return [f"skipped: {reason} ({count:,}), first {self.names[reason]}" for reason, count in self.counts.items()]
 
 
 # --------------------------------------
@@ -82,7 +62,7 @@ def parquet_batches(path, skipped=None):
                     yield decode(values[start : start + DOCUMENT_BATCH], path, skipped)
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         reason = first_line(error)
-        raise SystemExit(f"{printable_path(path)}: not a parquet file with a column `text` ({reason})") from None
+        raise SystemExit(f"{printable(path)}: not a parquet file with a column `text` ({reason})") from None
 
 
 def column_bytes(column, path):
@@ -93,7 +73,7 @@ def column_bytes(column, path):
     try:
         return column.cast(pyarrow.large_binary()).to_pylist()
     except pyarrow.ArrowNotImplementedError:
-        raise SystemExit(f"{printable_path(path)}: column `text` holds {column.type}, not text") from None
+        raise SystemExit(f"{printable(path)}: column `text` holds {column.type}, not text") from None
 
 
 def decode(values, path, skipped):
@@ -101,12 +81,12 @@ def decode(values, path, skipped):
     texts = []
     for value in values:
         if value is None:
-            skipped.add("no text", path)
+            skipped.add("records without text", path)
             continue
         try:
             texts.append(value.decode())
         except UnicodeDecodeError:
-            skipped.add("bad record", path)
+            skipped.add("records that are not UTF-8", path)
     return texts
 
 
@@ -123,10 +103,10 @@ def jsonl_batches(path, skipped):
             for number, line in chunk:
                 if not line.strip():
                     continue
-                place = f"{printable_path(path)}:{number}"
+                place = f"{printable(path)}:{number}"
                 text = json_text(line, place)
                 if text is None:
-                    skipped.add("no text", place)
+                    skipped.add("records without text", place)
                 else:
                     batch.append(text)
             yield batch
@@ -177,7 +157,7 @@ def open_bytes(path):
 
                 yield io.BufferedReader(pyarrow.CompressedInputStream(file, compression))
     except OSError as error:
-        raise SystemExit(f"{printable_path(path)}: damaged or cut off ({first_line(error)})") from None
+        raise SystemExit(f"{printable(path)}: damaged or cut off ({first_line(error)})") from None
 
 
 def read_text(path, skipped):
@@ -187,7 +167,7 @@ def read_text(path, skipped):
     try:
         return content.decode()
     except UnicodeDecodeError:
-        skipped.add("not UTF-8", path)
+        skipped.add("files that are not UTF-8", path)
         return ""
 
 

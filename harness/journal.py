@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from harness import common
-from harness.common import NOT_RECORDED, append_lines, explain, first_line, git, sha256
+from harness.common import NOT_RECORDED, append_lines, explain, first_line, git, sha256, write_atomically
 
 NAMED_SEEDS = (42, 1, 2, 3, 4, 5)  # the default, and those that a night takes for its own runs
 LATE_FLAG = 1.02  # times the budget: a run that trained for longer is flagged
@@ -93,10 +93,9 @@ def find_origin():
 
 def refuse_unwritable(folder):
     """Raise NotRecorded before a training whose score could not be recorded."""
-    trial = folder / f"writable.{os.getpid()}.tmp"
     try:
-        trial.write_text("yes")
-        trial.unlink()
+        write_atomically(folder / "writable", "yes")
+        (folder / "writable").unlink()
     except OSError as error:
         raise NotRecorded(f"cannot write to AUTORESEARCH_HOME: {explain(error)}") from None
 
@@ -118,22 +117,18 @@ def record_run(folder, run, model):
     Append a scored run to the journal of a benchmark's folder. Its weights become best.pt if it beats all runs of its
     harness and that harness prepared the benchmark. Raises NotRecorded, with the score, if it can't write.
     """
+    path = folder / "journal.jsonl"
     try:
-        append_run(folder, run, model)
+        with FileLock(path.with_suffix(".lock")):  # runs on other devices may finish at the same moment
+            # the best so far, before this one is in the file
+            runs = read_journal(folder)
+            scores = [other["val_bpb"] for other in runs if other.get("harness_sha256") == run["harness_sha256"]]
+            append_lines(path, [run])
+            if run["same_harness"] and run["val_bpb"] < min(scores, default=math.inf):
+                save_best(folder / "best.pt", run, model)
     except OSError as error:
         score = f"val_bpb {run['val_bpb']:.6f}"
         raise NotRecorded(f"scored, {score}, but not recorded: {explain(error)}") from None
-
-
-def append_run(folder, run, model):
-    path = folder / "journal.jsonl"
-    with FileLock(path.with_suffix(".lock")):  # runs on other devices may finish at the same moment
-        # the best so far, before this one is in the file
-        runs = read_journal(folder)
-        scores = [other["val_bpb"] for other in runs if other.get("harness_sha256") == run["harness_sha256"]]
-        append_lines(path, [run])
-        if run["same_harness"] and run["val_bpb"] < min(scores, default=math.inf):
-            save_best(folder / "best.pt", run, model)
 
 
 def add_run(folder, run):

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import math
 import os
 import platform
 import re
@@ -142,6 +141,8 @@ def device_name(device):
     """The GPU's name, or what kind of processor this is and on how many of its cores torch computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device.type} {platform.machine()}"
     return f"{device.type} {platform.machine()} x{min(THREADS, usable_cores())}"
 
 
@@ -167,11 +168,6 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def peak_flops(device):
-    """Peak FLOP/s of a device in dense bfloat16; inf where it is not known, so that MFU reads 0."""
-    return PEAK_FLOPS.get(device_name(device), math.inf)
 
 
 def repair_compiler():

@@ -110,17 +110,14 @@ def write_rows(path, rows, row_length):
     progress = Progress()
     count = 0
 
-    # How many there will be is known at the end, but an .npy file begins with its shape: the rows go to a file of their
-    # own first, and are copied
-    raw = path.with_suffix(".raw")
-    with open(raw, "wb") as file:
+    # The file begins with its shape, but how many rows there are is known at the end: numpy pads the header, so that it
+    # can be written again with another number
+    header = {"descr": "<u2", "fortran_order": False}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (0, row_length)})
         for count, row in enumerate(rows, 1):
             file.write(row.astype("<u2", copy=False))
             progress(f"packing {path.name}: {count:,} rows")
-    if count == 0:
-        table = np.empty((0, row_length), "<u2")
-    else:
-        table = np.memmap(raw, "<u2", "r", shape=(count, row_length))
-    np.save(path, table)
-    raw.unlink()
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (count, row_length)})
     return count

@@ -1,5 +1,6 @@
 """benchmark.json, the record of a prepared benchmark: what its folder holds, and whether that is whole."""
 
+import contextlib
 import hashlib
 import json
 
@@ -11,20 +12,21 @@ SETTINGS = {"max_seq_len", "vocab_size", "time_budget", "val_rows", "holdout_row
 
 def read_record(path, every_byte=False):
     """benchmark.json of a prepared folder. Raises SystemExit, with the command that fixes it, if a file is damaged."""
-    record = {}
+    arguments = "<its arguments>"  # where benchmark.json can't be read
     try:
         record = json.loads((path / "benchmark.json").read_text())
+        arguments = record.get("arguments", "")
         damaged = find_damage(path, record, every_byte)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # no JSON, or other JSON
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        # no JSON, or other JSON
         damaged = "benchmark.json"
     if damaged is None:
         return record
 
     # the same arguments build it again
-    command = "uv run prepare.py"
-    if isinstance(record, dict) and record.get("arguments"):
-        command += f" {record['arguments']}"
-    raise SystemExit(f'benchmark {path.name}: {damaged} is missing or modified; run "{command}" again, which fixes it')
+    command = f"uv run prepare.py {arguments}".strip()
+    problem = f"benchmark {path.name}: {damaged} is missing or modified"
+    raise SystemExit(f'{problem}; run "{command}" again, which fixes it')
 
 
 def find_damage(path, record, every_byte):
@@ -54,10 +56,7 @@ def benchmark_id(record):
 def find_record(home, request):
     """The record of a benchmark that the request with this hash has built, if there is one that is whole; else None."""
     for path in sorted(home.glob("*/benchmark.json")):
-        try:
-            record = read_record(path.parent)
-            if record.get("request") == request:
+        with contextlib.suppress(SystemExit):  # damaged: built again, if it is the one
+            if read_record(path.parent).get("request") == request:
                 return read_record(path.parent, every_byte=True)
-        except SystemExit:  # damaged: built again, if it is the one
-            continue
     return None

@@ -1,7 +1,9 @@
 """How train.py computes on this machine: device, precision, attention, compiler; and the summary of a run."""
 
+import functools
 import gc
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,10 +22,10 @@ from torch.nn.attention.varlen import varlen_attn
 from harness.common import COMPILER, first_line
 from harness.machine import (
     FLASH3_CAPABILITIES,
+    PEAK_FLOPS,
     device_name,
     keep_freed_memory,
     load_flash3,
-    peak_flops,
     peak_memory_mb,
     repair_compiler,
     synchronize,
@@ -76,7 +78,9 @@ def set_up(device, attention, head_dim, query_group, compiled):
     return setup._replace(attention=choose_attention(setup, head_dim, query_group))
 
 
+@functools.cache  # of two answers on a busy CPU one would be wrong
 def has_fast_bfloat16(device):
+    """Whether products of matrices are clearly faster in bfloat16 than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -147,10 +151,6 @@ def varlen(q, k, v, window):
     return varlen_attn(q_rows, k_rows, v_rows, ends, ends, T, T, window_size=(window, 0)).view(q.shape)
 
 
-def load_varlen():
-    return varlen
-
-
 def load_hub_kernel():
     """FlashAttention-3 for A100 and H100, as prepare.py has downloaded it."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -167,14 +167,14 @@ def load_hub_kernel():
 
 def choose_attention(setup, head_dim, query_group):
     """The fastest function that agrees with setup.attention, or that one. Says why a faster one is not used."""
-    loaders = {}
+    names = []
     if setup.device.type == "cuda":
         if torch.cuda.get_device_capability(setup.device) in FLASH3_CAPABILITIES:
-            loaders["flash3"] = load_hub_kernel
-        loaders["varlen"] = load_varlen
-    for name, load in loaders.items():
+            names.append("flash3")
+        names.append("varlen")
+    for name in names:
         try:
-            faster = load()
+            faster = load_hub_kernel() if name == "flash3" else varlen
             compare(torch.compile(faster, dynamic=False, disable=not setup.compiled), setup, head_dim, query_group)
             return faster
         except Exception as error:  # missing, failed, wrong: all the same
@@ -218,12 +218,13 @@ def summarize(clock, setup, val_bpb, steps, tokens, flops, parameters, depth, ba
 
     `flops` and `tokens` are those of the whole training. mfu_percent is 0.00 where the peak of the device is not known.
     """
+    peak = PEAK_FLOPS.get(device_name(setup.device), math.inf)
     summary = {
         "val_bpb": f"{val_bpb:.6f}",
         "training_seconds": f"{clock.elapsed:.1f}",
         "total_seconds": f"{clock.total_seconds:.1f}",
         "peak_vram_mb": f"{peak_memory_mb(setup.device):.1f}",
-        "mfu_percent": f"{100 * flops / clock.elapsed / peak_flops(setup.device):.2f}",
+        "mfu_percent": f"{100 * flops / clock.elapsed / peak:.2f}",
         "total_tokens_M": f"{tokens / 1e6:.1f}",
         "num_steps": steps,
         "num_params_M": f"{parameters / 1e6:.1f}",

@@ -12,7 +12,8 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
-from harness.documents import Skipped, cut, file_kind, jsonl_batches, parquet_batches, printable_path, read_text
+from harness.common import printable
+from harness.documents import Skipped, cut, file_kind, jsonl_batches, parquet_batches, read_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")  # the last two hold many documents
 FEW_GROUPS = 10  # with fewer groups of files than this, each block of text is a batch of its own
@@ -81,23 +82,23 @@ class Search:
         return suffix in TEXT_SUFFIXES
 
     def note_folder(self, error):
-        self.skipped.add("unlisted", error.filename)
+        self.skipped.add("folders that cannot be read", error.filename)
 
     def add(self, group, path):
         """Add a file to a group, if it can be read and its content is here."""
         # A pipe is no text: to open it may take forever.
         if not os.path.isfile(path):
-            self.skipped.add("unreadable", path)
+            self.skipped.add("files that cannot be read", path)
             return
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 start = file.read(len(LFS_POINTER))
         except OSError:
-            self.skipped.add("unreadable", path)
+            self.skipped.add("files that cannot be read", path)
             return
         if start == LFS_POINTER and status.st_size < LFS_POINTER_BYTES:
-            self.skipped.add("pointer", path)
+            self.skipped.add('files not fetched yet (run "git lfs pull")', path)
             return
         self.groups.setdefault(group, []).append(path)
         self.states[path] = file_state(status)
@@ -118,7 +119,7 @@ def search_paths(paths):
     search = Search(is_default=False)
     for root in map(Path, paths):
         if not os.path.exists(root):
-            raise SystemExit(f"--text {printable_path(root)}: no such file or folder")
+            raise SystemExit(f"--text {printable(root)}: no such file or folder")
         if os.path.isdir(root):
             search.walk("", root, root)
         else:
@@ -127,7 +128,7 @@ def search_paths(paths):
 
     # What was left out may be all that there is.
     if not search.groups:
-        listed = printable_path(" ".join(map(str, paths)))
+        listed = printable(" ".join(map(str, paths)))
         reasons = [f"no {' '.join(TEXT_SUFFIXES)} file in there", *search.skipped.lines()]
         raise SystemExit(f"--text {listed}: {'; '.join(reasons)}")
     return search
@@ -212,13 +213,9 @@ class LocalText:
         text into training.
         """
         for path, state in self._states.items():
-            try:
-                is_same = file_state(os.stat(path)) == state
-            except OSError:
-                is_same = False
-            if not is_same:
+            if not path.exists() or file_state(path.stat()) != state:
                 advice = "run this again when nothing writes to it"
-                raise SystemExit(f"{printable_path(path)}: changed while it was read; {advice}")
+                raise SystemExit(f"{printable(path)}: changed while it was read; {advice}")
 
 
 class Duplicates:

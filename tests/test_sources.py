@@ -37,7 +37,7 @@ def name_hash(name):
 # Files
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-NOT_FETCHED = '1 file not fetched yet (run "git lfs pull")'
+NOT_FETCHED = 'files not fetched yet (run "git lfs pull") (1)'
 RECORDS = '{"text": "a"}\n\n{"text": "b"}\n'
 BAD_STRINGS = pyarrow.array([b"a", b"\xe9"]).view(pyarrow.string())
 COMPANY = {f"other{number}.txt": f"other {number}" for number in range(sources.FEW_GROUPS)}
@@ -58,10 +58,10 @@ TEXTS = {  # name of a file: its content, the documents in it, what is said of i
     ".git/a.txt": ("a", ""),
     "__pycache__/a.txt": ("a", ""),
     "empty.txt": ("", ""),
-    "not UTF-8.txt": (b"\xe9", "", "1 file that is not UTF-8"),
-    "null.jsonl": ('{"text": null}\n{}', "", "2 records without text, first"),
-    "null.parquet": (parquet([None, "a"]), "a", "1 record without text"),
-    "strings.parquet": (parquet(BAD_STRINGS), "a", "1 record that is not UTF-8"),
+    "not UTF-8.txt": (b"\xe9", "", "files that are not UTF-8 (1)"),
+    "null.jsonl": ('{"text": null}\n{}', "", "records without text (2)"),
+    "null.parquet": (parquet([None, "a"]), "a", "records without text (1)"),
+    "strings.parquet": (parquet(BAD_STRINGS), "a", "records that are not UTF-8 (1)"),
     "lfs.txt": (POINTER, "", NOT_FETCHED),
     "lfs.parquet": (POINTER, "", NOT_FETCHED),
 }
@@ -77,7 +77,7 @@ def test_what_is_read_and_what_is_said(tmp_path, name):
         assert sorted(read) == sorted([*expected, *COMPANY.values()])
         assert text.counts == {"documents": len(read)}
         lines = text.skipped.lines()
-        assert [line.partition(f" {tmp_path}/{name}")[0].rstrip(",") for line in lines] == [
+        assert [line.partition(f", first {tmp_path}/{name}")[0] for line in lines] == [
             f"skipped: {words}" for words in said
         ]
 
@@ -97,8 +97,8 @@ def test_what_cannot_be_opened_is_said(tmp_path, monkeypatch):
     text = LocalText([tmp_path])
     assert list(text.batches()) == [["a"]]
     assert text.skipped.lines() == [
-        f"skipped: 1 folder that cannot be read, {tmp_path}/locked",
-        f"skipped: 2 files that cannot be read, first {tmp_path}/broken.txt",
+        f"skipped: files that cannot be read (2), first {tmp_path}/broken.txt",
+        f"skipped: folders that cannot be read (1), first {tmp_path}/locked",
     ]
 
 
@@ -198,8 +198,8 @@ def test_names_that_are_not_utf8(tmp_path):
     text = LocalText([tmp_path])
     assert len(sum(text.batches(), [])) == 4
     assert [os.fsencode(name) for name in text.groups] == names
-    shown = os.fsdecode(names[0]).replace("\udce9", "?").replace("\n", "?")
-    assert text.skipped.lines() == [f"skipped: 2 files that are not UTF-8, first {tmp_path}/{shown}/b.txt"]
+    shown = os.fsdecode(names[0]).replace("\udce9", "?").replace("\n", " ")
+    assert text.skipped.lines() == [f"skipped: files that are not UTF-8 (2), first {tmp_path}/{shown}/b.txt"]
     repr(text.signature()).encode()
 
 
