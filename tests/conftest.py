@@ -15,7 +15,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -28,6 +27,9 @@ import torch
 from huggingface_hub import constants
 
 ROOT = Path(__file__).parent.parent
+OF_USER = ("AUTORESEARCH_", "HF_", "HUGGING_FACE_", "RAY_API_SERVER_ADDRESS", "TORCHINDUCTOR_")
+for name in [name for name in os.environ if name.startswith(OF_USER)]:
+    del os.environ[name]
 os.environ["AUTORESEARCH_HOME"] = tempfile.mkdtemp(prefix="autoresearch-test-")  # of this worker of pytest-xdist
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest's own folders stay
 os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ar-")
@@ -36,16 +38,6 @@ tempfile.tempdir = None  # so that it is read
 os.environ["CLAUDE_CONFIG_DIR"] = os.environ["CODEX_HOME"] = os.environ["TMPDIR"] + "/clients"
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that it starts: two workers share two cores
 torch.set_num_threads(1)
-for name in (
-    "AUTORESEARCH_SEED",
-    "AUTORESEARCH_BENCHMARK",
-    "RAY_API_SERVER_ADDRESS",
-    "HF_ENDPOINT",
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "TORCHINDUCTOR_CACHE_DIR",
-):
-    os.environ.pop(name, None)
 
 import prepare  # noqa: E402
 from harness import downloads  # noqa: E402
@@ -65,11 +57,11 @@ def run(*command, cwd=ROOT, **environment):
 
 def start(*command, **options):
     """A Python file of this repository in a process of its own, in the home of this test."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AUTORESEARCH_HOME": str(prepare.HOME)}
-    environment |= options.pop("environment", {})
+    environment = os.environ | {"AUTORESEARCH_HOME": str(prepare.HOME)} | options.pop("environment", {})
+    options.setdefault("cwd", ROOT)
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in background jobs
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes, **options)
+    return subprocess.Popen([sys.executable, *command], env=environment, **pipes, **options)
 
 
 def refused(function, *arguments):
@@ -110,12 +102,18 @@ def uniform(vocab_size=512):
     return Function(lambda inputs: torch.zeros(*inputs.shape, vocab_size))
 
 
-def score(benchmark, model, batch_size=8):
-    """Train for no time at all, and be scored."""
+def timed(benchmark, seconds=0.0):
+    """The clock of a run that took so long."""
     clock = prepare.TrainingClock(benchmark, "cpu")
     clock.start()
+    clock.started -= seconds
     clock.stop()
-    return prepare.evaluate_bpb(model, benchmark, batch_size, clock)
+    return clock
+
+
+def score(benchmark, model, batch_size=8):
+    """Train for no time at all, and be scored."""
+    return prepare.evaluate_bpb(model, benchmark, batch_size, timed(benchmark))
 
 
 @pytest.fixture
@@ -123,6 +121,13 @@ def home(tmp_path, monkeypatch):
     """An empty home of this test's own."""
     monkeypatch.setattr(prepare, "HOME", tmp_path / "home")
     return tmp_path / "home"
+
+
+def add_benchmark(home, name):
+    """What the ledger reads of a benchmark; nothing trains on it."""
+    (home / name).mkdir(parents=True)
+    (home / name / "benchmark.json").write_text('{"settings": {"time_budget": 3}}')
+    (home / "current").write_text(name)
 
 
 @pytest.fixture(scope="session")
@@ -248,11 +253,8 @@ def pytest_collection_modifyitems(items):
 
 
 # --------------------------------------
-# Agents that run the shell lines of documents
+# Agents
 
-BLOCKS = re.findall(r"^ *```sh\n(.*?)^ *```$", (ROOT / "program.md").read_text(), re.M | re.S)
-NAMES = ["look", "check", "commit", "run", "reset"]  # of the blocks: one without a name has no test
-PROGRAM = dict(zip(NAMES, map(textwrap.dedent, BLOCKS), strict=True))
 WEAK = ("MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR")  # rates that the baseline of these tests has too low
 UNHURRIED = [  # a busy machine is no failure: small steps, and half of the budget
     (r"^    while clock\.elapsed", "    while 2 * clock.elapsed"),
@@ -284,38 +286,39 @@ def ask_no_torch(folder, device):
 
 
 class Agent:
-    """Runs the shell blocks of documents in its repository, as they stand, with their <words> filled in."""
+    """Somebody at work in a repository."""
 
-    def __init__(self, folder, environment, lines):
+    def __init__(self, folder, environment):
         self.folder = folder
         self.environment = environment
-        self.lines = lines
-
-    def sh(self, name, /, check=True, **words):
-        """Run one block; returns what it prints."""
-        process = self.start_line(self.line(name, **words))
-        output = process.communicate()[0]
-        assert process.returncode == 0 or not check, output
-        return output
-
-    def line(self, name, /, **words):
-        """A block with its words filled in."""
-        line = self.lines[name]
-        for word, value in words.items():
-            assert f"<{word}>" in line
-            line = line.replace(f"<{word}>", str(value))
-        assert not re.search(r"<\w+>", line), f"{name}: not all words are filled in"
-        return line.strip()
 
     def start_line(self, line):
         options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return subprocess.Popen(["bash", "-c", line], cwd=self.folder, env=self.environment, **options)
 
+    def bash(self, line):
+        """What a line prints, and its exit code."""
+        process = self.start_line(line)
+        return process.communicate()[0], process.returncode
+
     def run(self, *command):
         return run(*command, cwd=self.folder, **self.environment)
 
-    def git(self, *words):
-        return subprocess.check_output(["git", *words], cwd=self.folder, env=self.environment, text=True)
+    def python(self, *command, code=0):
+        """What one of our programs prints. It ends with this code, and without a traceback."""
+        process = self.run(*command)
+        output = process.stdout + process.stderr
+        assert process.returncode == code and "Traceback" not in output, output
+        return output
+
+    def ledger(self, *words, code=0):
+        return self.python("ledger.py", *words, code=code)
+
+    def night(self):
+        return json.loads(self.run("ledger.py", "--json").stdout)
+
+    def git(self, *words, **options):
+        return subprocess.check_output(["git", *words], cwd=self.folder, env=self.environment, text=True, **options)
 
     def head(self):
         return self.git("rev-parse", "--short=7", "HEAD").strip()
@@ -372,6 +375,32 @@ def new_repository(folder, environment):
 
 
 # --------------------------------------
+# Trainings that are scripts
+
+# What the harness would have seen of one
+LINE = {"time": "2026-11-28T01:00:00+00:00", "dirty": False, "steps": 100, "tokens": 6400, "training_seconds": 3.0}
+LINE |= {"peak_memory_mb": 2048.0, "slow_steps_percent": 0.0, "product_ms": 1.0, "holdout_bpb": 1.5}
+LINE |= {"device": prepare.device_name(CPU)}
+
+# It goes on as soon as there is no file `hold`; line.json changes what was seen
+TRAIN = f"""
+import json, os, time
+from pathlib import Path
+
+SCORE = 1.0
+home = Path(os.environ["AUTORESEARCH_HOME"])
+while (home / "hold").exists():
+    time.sleep(0.05)
+line = {LINE} | {{"val_bpb": SCORE, "folder": os.getcwd()}}
+if (home / "line.json").exists():
+    line |= json.loads((home / "line.json").read_text())
+line |= {{"run": os.environ["AUTORESEARCH_RUN"], "commit": os.environ["AUTORESEARCH_COMMIT"]}}
+line["seed"] = int(os.environ["AUTORESEARCH_SEED"])
+with open(home / os.environ["AUTORESEARCH_BENCHMARK"] / "journal.jsonl", "a") as journal:
+    journal.write(json.dumps(line) + "\\n")
+"""
+
+# --------------------------------------
 # Clusters
 
 # Of a `uv` that makes one environment, slowly; another one fails beside it and after it
@@ -407,16 +436,9 @@ class Ray:
     def start(self, *words, home, cpus=1):
         (self.folder / home).mkdir(exist_ok=True)
         # Ray looks for `uv run` above itself, to start its workers the same way
-        command = [
-            "uv",
-            "run",
-            Path(sys.executable).with_name("ray"),
-            "start",
-            "--block",
-            "--disable-usage-stats",
-            *words,
-        ]
-        command += [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
+        command = ["uv", "run", Path(sys.executable).with_name("ray"), "start", "--block", *words]
+        command += ["--disable-usage-stats", f"--num-cpus={cpus}"]
+        command += [f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
         environment = self.environment | {"AUTORESEARCH_HOME": str(self.folder / home)}
         environment |= {"RAY_health_check_period_ms": "500"}  # so that a node that is gone is missed after 3 s, not 15
         environment.pop("RAY_API_SERVER_ADDRESS", None)
@@ -438,3 +460,15 @@ class Ray:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(node.pid, signal.SIGKILL)
         node.wait()
+
+
+@pytest.fixture
+def ray(environment):
+    """A cluster, which this environment names from now on."""
+    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
+    ray = Ray(environment)
+    environment["RAY_API_SERVER_ADDRESS"] = ray.address
+    yield ray
+    for node in ray.nodes:
+        ray.kill(node)
+    shutil.rmtree(ray.folder)

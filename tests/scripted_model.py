@@ -2,9 +2,8 @@
 A scripted model for Claude Code and Codex: a server that plays a list of tool calls, one a turn, and keeps what comes
 back. Claude Code speaks POST /v1/messages, Codex POST /v1/responses, both with server-sent events for answers.
 
-A step is a dict with a "name" and "bash": command (and "timeout" in ms), "edit": [path, old, new] or "read": path. In a
-command, {{name:regex}} stands for the first group of the regex in the result of the step of that name. Instead of a
-list, `steps` may be a function that gets what came back so far and returns the next step, or None.
+A step is a dict with a "name" and "bash": command (and "timeout" in ms), "edit": [path, old, new] or "read": path.
+Instead of a list, `steps` may be a function that gets what came back so far and returns the next step, or None.
 """
 
 import json
@@ -50,20 +49,12 @@ class ScriptedModel:
         self.step = None
 
     def next_step(self):
-        """The next step with its command filled in, or None."""
+        """The next step, or None."""
         if self.step is None and callable(self.steps):
             self.step = self.steps(self.came)
         elif self.step is None and len(self.came) < len(self.steps):
             self.step = self.steps[len(self.came)]
-        if self.step is None:
-            return None
-
-        # {{name:regex}}: a part of an earlier result
-        def found(match):
-            hit = re.search(match[2], self.came[match[1]]["result"], re.M)
-            return hit[1] if hit else "NOT-FOUND"
-
-        return self.step | {"bash": re.sub(r"\{\{([\w ,.-]+):(.*?)\}\}", found, self.step.get("bash", ""))}
+        return self.step
 
 
 def text_of(content):
@@ -138,7 +129,7 @@ def codex_turn(model, body):
         item = {"type": "function_call", "name": "write_stdin", "arguments": json.dumps(given), **call}
     else:
         # Codex has a shell alone: it reads and edits with commands
-        command = step["bash"]
+        command = step.get("bash")
         if "read" in step:
             command = f"head -n 20 {step['read']}"
         elif "edit" in step:

@@ -16,8 +16,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SYNC, WEAK, Agent, Ray, new_repository, replace, wait_for, weaken
+from conftest import CPU, ROOT, SYNC, Agent, new_repository, replace, wait_for, weaken
 from scripted_model import ScriptedModel
+from test_hub import Member
 from test_ledger import CLIENTS, write_settings
 
 import prepare
@@ -48,7 +49,7 @@ class Client(Agent):
     """One of the two, in a folder that it trusts and a home of its own. What Agent has is the human's."""
 
     def __init__(self, name, folder, home, environment):
-        super().__init__(folder, environment, {})
+        super().__init__(folder, environment)
         self.name, self.home = name, home
         self.benchmarks = Path(environment["AUTORESEARCH_HOME"])
         kept = ("PATH", "AUTORESEARCH_HOME", "GIT_CONFIG_GLOBAL", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS")
@@ -92,9 +93,6 @@ class Client(Agent):
         assert "denied" not in str(came) and len(came) == len(steps)
         assert not [name for name, line in came.items() if line["error"]], came
         return [line["result"] for line in came.values()]
-
-    def night(self):
-        return json.loads(self.run("ledger.py", "--json").stdout)
 
     def path(self, name):
         """As its tools want it: Claude Code's in full."""
@@ -207,56 +205,36 @@ def test_the_night_goes_on(client):
 
 def test_a_client_joins_a_hub(client, tmp_path):
     """It joins, runs its baseline, says what it will try, and takes over what another agent has kept."""
-    hub, kept = tmp_path / "hub.git", tmp_path / "bob"
-    client.git("clone", "-q", "--bare", ".", str(hub))
-    client.git("clone", "-q", str(hub), str(kept))
-    bob = Agent(kept, client.environment, {})
-    assert bob.run("swarm/hub.py", "join", str(hub), "--tag", "night", "--agent", "bob", "--until", "9").returncode == 0
-    bob.edit(*((rf"^({name} +)= 1e-6 \* ", r"\1= ") for name in WEAK))
-    bob.git("commit", "-qm", "rates up; expect +1", "--", "train.py")
-    commit, parent, train = bob.git("rev-parse", "HEAD", "HEAD^", "HEAD:train.py").split()
-    record = kept / ".git" / "autoresearch" / "night" / "bob" / "record.jsonl"
-    run = {"kind": "run", "run": "x", "time": "2026-11-28T01:00:00+00:00", "commit": commit, "parent": parent}
-    run |= {"train": train, "role": "idea", "seed": 1, "state": "scored", "val_bpb": 0.5, "description": "rates up"}
-    run |= {"device": json.loads(record.read_text())["device"]}
-    with open(record, "a") as file:
-        for line in (run, {"kind": "decision", "commit": commit, "decision": "keep", "by": "hand"}):
-            file.write(json.dumps(line) + "\n")
-    assert "bob: rates up" in bob.run("swarm/hub.py", "exchange").stdout
+    hub = Agent(tmp_path / "hub.git", client.environment)
+    client.git("clone", "-q", "--bare", ".", str(hub.folder))
+    bob = Member(hub, "bob", prepare.device_name(CPU))
+    bob.join()
+    commit = bob.idea("rates up", "keep", 0.5)
+    assert "bob: rates up" in bob.hub("exchange")
 
     steps = lines(
-        f"uv run swarm/hub.py join {hub} --tag night --agent ada --until 9",
+        f"uv run swarm/hub.py join {hub.folder} --tag test --agent ada --until 9",
         "uv run ledger.py run",
         "uv run ledger.py run",
         "uv run swarm/hub.py look rates",
         "uv run swarm/hub.py exchange",
         "uv run swarm/hub.py say 'rates up, as bob has them'",
-        f"uv run swarm/hub.py adopt {commit[:7]}",
+        f"uv run swarm/hub.py adopt {commit}",
         "uv run ledger.py run",
         "uv run swarm/hub.py exchange",
     )
     printed = client.outputs(steps)
     assert "next: uv run ledger.py run" in printed[0] and "bob 0.500000 keep" in printed[3]
-    assert f"next: uv run swarm/hub.py adopt {commit[:7]}" in printed[4] and "adopted" in printed[6]
-    sent = client.git("-C", str(hub), "show", "refs/results/night/ada:record.jsonl")
-    assert sent == (client.folder / ".git" / "autoresearch" / "night" / "ada" / "record.jsonl").read_text()
+    assert f"next: uv run swarm/hub.py adopt {commit}" in printed[4] and "adopted" in printed[6]
+    sent = hub.git("show", "refs/results/test/ada:record.jsonl")
+    assert sent == (client.folder / ".git" / "autoresearch" / "test" / "ada" / "record.jsonl").read_text()
     assert "as bob has them" in sent and sent.count('"state": "scored"') == 3
-    assert client.git("-C", str(hub), "branch", "--list", "autoresearch/night/ada") != ""
-
-
-@pytest.fixture
-def ray(client):
-    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
-    ray = Ray(client.environment)
-    client.environment["RAY_API_SERVER_ADDRESS"] = client.own["RAY_API_SERVER_ADDRESS"] = ray.address
-    yield ray
-    for node in ray.nodes:
-        ray.kill(node)
-    shutil.rmtree(ray.folder)
+    assert hub.git("branch", "--list", "autoresearch/test/ada") != ""
 
 
 def test_a_client_sends_a_wave(client, ray):
     """Two ideas in worktrees and the baseline, on a cluster of this machine that the human has started."""
+    client.own["RAY_API_SERVER_ADDRESS"] = ray.address
     ray.head("one")
     client.run("ledger.py", "start", "night", "--until", "9")
     wave, changes = "uv run --group cluster swarm/wave.py", {"deeper": "True", "wider": "not False"}

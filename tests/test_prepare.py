@@ -45,6 +45,7 @@ def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
     assert (one.max_seq_len, one.vocab_size, one.time_budget, one.seed) == (32, 300, 1, 42)
     assert one.rows("val").shape == (6, 33) and one.rows("holdout").shape == (3, 33)
     assert all((one.rows(split)[:, 0] == 300 - 4).all() for split in ("train", "val", "holdout"))  # BOS
+    assert (home / ".gitignore").read_text() == "*\n"  # it may lie in a clone
     before = snapshot(one.path)
     capsys.readouterr()
     prepare.main(book)

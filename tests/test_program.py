@@ -4,14 +4,18 @@ repeated when the agent is. A scripted agent runs what `next:` says; only `uv` i
 """
 
 import re
+import textwrap
 
 import pytest
-from conftest import CPU, PROGRAM, ROOT, WEAK, Agent, ask_no_torch, new_repository, wait_for, weaken
+from conftest import CPU, ROOT, WEAK, Agent, ask_no_torch, new_repository, wait_for, weaken
 
 import prepare
 from harness.journal import read_journal
 from night.steps import DROP, NEW_IDEA, OVER
 
+BLOCKS = re.findall(r"^ *```sh\n(.*?)^ *```$", (ROOT / "program.md").read_text(), re.M | re.S)
+NAMES = ["look", "check", "commit", "run", "reset"]  # of the blocks: one without a name has no test
+PROGRAM = dict(zip(NAMES, map(textwrap.dedent, BLOCKS), strict=True))
 START = ["ledger.py", "start", "test", "--until", "8"]
 
 
@@ -23,10 +27,20 @@ class Researcher(Agent):
         status = self.sh("look")
         return re.search(r"^next: (.*)", status, re.M)[1], re.search(r"^why: +(.*)", status, re.M)[1]
 
-    def bash(self, line):
-        process = self.start_line(line)
-        output = process.communicate()[0]
-        return process.returncode, output
+    def sh(self, name, /, check=True, **words):
+        """Run a block of program.md; returns what it prints."""
+        output, code = self.bash(self.line(name, **words))
+        assert code == 0 or not check, output
+        return output
+
+    def line(self, name, /, **words):
+        """A block with its <words> filled in."""
+        line = PROGRAM[name]
+        for word, value in words.items():
+            assert f"<{word}>" in line
+            line = line.replace(f"<{word}>", str(value))
+        assert not re.search(r"<\w+>", line), f"{name}: not all words are filled in"
+        return line.strip()
 
     def attempt(self, idea, *edits):
         self.edit(*edits)
@@ -35,13 +49,13 @@ class Researcher(Agent):
 
     def go_on(self):
         """Run what comes next until that is a comment: returns it. No command fails."""
-        lines = [re.sub("<[^>]*>", ".+", re.escape(line.strip())) for line in self.lines.values()]
+        lines = [re.sub("<[^>]*>", ".+", re.escape(line.strip())) for line in PROGRAM.values()]
         for _ in range(20):
             command, _ = self.look()
             if command.startswith("#"):
                 return command
             assert any(re.fullmatch(line, command) for line in lines), f"not in program.md: {command}"
-            code, output = self.bash(command)
+            output, code = self.bash(command)
             assert code == 0, output
         raise AssertionError(f"this does not end: {command}")
 
@@ -51,7 +65,7 @@ def researcher(prepared, tmp_path, environment):
     """A researcher in a fresh repository, with runs of 3 seconds and a train.py that leaves room for a gain."""
     (prepare.HOME / "current").write_text(prepared)
     (prepare.HOME / prepared / "journal.jsonl").unlink(missing_ok=True)
-    researcher = Researcher(new_repository(tmp_path / "clone", environment), environment, PROGRAM)
+    researcher = Researcher(new_repository(tmp_path / "clone", environment), environment)
     weaken(researcher.folder)
     for name in ("BASELINE_SEEDS = (1, 2)", "FINAL_SEEDS = (4,)"):  # fewer runs of a kind
         researcher.edit((f"^{name.split()[0]} = .*", name), file="night/rules.py")
@@ -102,7 +116,7 @@ def test_a_night_by_program(researcher):
     # a choice of the agent's own
     researcher.attempt("dropped", (r"^ADAM_EPS = .*", "ADAM_EPS = 1e-9"))
     researcher.sh("run")
-    assert researcher.bash("uv run ledger.py discard")[0] == 0
+    assert researcher.bash("uv run ledger.py discard")[1] == 0
 
     # eight rows are the end
     assert researcher.go_on() == OVER
@@ -143,8 +157,8 @@ def test_a_discarded_idea_is_tried_again(researcher):
     assert researcher.head() == kept and researcher.sh("check") == ""
 
     fetch = fetch.replace("<commit>", commit)
-    assert researcher.bash(fetch) == (0, "")
+    assert researcher.bash(fetch) == ("", 0)
     researcher.attempt("the slip, mended", mend)
     assert "mended" in researcher.git("show", "HEAD") and researcher.git("status", "--porcelain", "train.py") == ""
-    assert researcher.bash(fetch)[0] == 1 and "<<<<<<<" in (researcher.folder / "train.py").read_text()
-    assert researcher.bash(DROP)[0] == 0 and researcher.git("status", "--porcelain", "train.py") == ""
+    assert researcher.bash(fetch)[1] == 1 and "<<<<<<<" in (researcher.folder / "train.py").read_text()
+    assert researcher.bash(DROP)[1] == 0 and researcher.git("status", "--porcelain", "train.py") == ""

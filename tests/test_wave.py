@@ -12,13 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SYNC, Agent, Ray, ask_no_torch, free_ports, new_repository, replace, wait_for
+from conftest import LINE, SYNC, TRAIN, Agent, ask_no_torch, free_ports, new_repository, replace, wait_for
 
 import prepare
 from harness import common
 from harness.journal import read_journal
-from night.record import read_night, recording
+from night.record import recording
 from night.rules import needed_on_cluster
+from night.state import Checkout, Night
 from night.steps import WAVE_RUN
 from swarm import cluster, wave
 
@@ -71,26 +72,15 @@ def node(ip, **resources):
 
 H100, H200 = node("a", CPU=16, GPU=8, kind_H100=1), node("b", CPU=16, GPU=8, kind_H200=1)
 H20, LOGIN, SMALL = node("c", CPU=16, GPU=8, kind_H20=1), node("d", CPU=8), node("e", CPU=2)
-ONE_GPU = {"entrypoint_num_gpus": 1}
+ONE_CPU, ONE_GPU = {"entrypoint_num_cpus": 1}, {"entrypoint_num_gpus": 1}
+ONE_H200 = ONE_GPU | {"entrypoint_resources": {"accelerator_type:H200": 0.001}}
 SLOTS = {  # nodes, device of the night, what is wanted -> what a training takes, the nodes that are not used
     "CPUs": ([LOGIN, SMALL, node("f")], "cpu", {}, {"entrypoint_num_cpus": 2}, ""),
     "wanted": ([LOGIN, SMALL], "cpu", {"entrypoint_num_cpus": 8}, {"entrypoint_num_cpus": 8}, ""),
     "GPUs": ([LOGIN, H100], "NVIDIA H100 80GB HBM3", {}, ONE_GPU, ""),
-    "two kinds": (
-        [H100, H20, H200],
-        "NVIDIA H200",
-        {},
-        ONE_GPU | {"entrypoint_resources": {"accelerator_type:H200": 0.001}},
-        "H200: a, c",
-    ),
+    "two kinds": ([H100, H20, H200], "NVIDIA H200", {}, ONE_H200, "H200: a, c"),
     "two kinds, neither is known": ([H100, H20], "", {}, ONE_GPU, ""),
-    "two kinds, CPUs are wanted": (
-        [H100, H20],
-        "NVIDIA H20",
-        {"entrypoint_num_cpus": 1},
-        {"entrypoint_num_cpus": 1},
-        "",
-    ),
+    "two kinds, CPUs are wanted": ([H100, H20], "NVIDIA H20", ONE_CPU, ONE_CPU, ""),
 }
 
 
@@ -101,35 +91,16 @@ def test_what_a_training_takes(name, capsys):
     assert others in capsys.readouterr().out
 
 
-SCORED = 'RESULT {"exit": 0, "ended": null, "scored": {"val_bpb": 1.0}}'
+END = {"exit": 0, "ended": None, "scored": {"val_bpb": 1.0}}
+SCORED = f"RESULT {json.dumps(END)}"
 ENDS = {  # exit code, log -> how it ended, what is saved of the log
-    "scored": (
-        0,
-        f"Running\nval_bpb: 1\n\n{SCORED}\n",
-        {"exit": 0, "ended": None, "scored": {"val_bpb": 1.0}},
-        "Running\nval_bpb: 1\n",
-    ),
-    "the training prints the word": (
-        0,
-        f"RESULT none\n{SCORED}",
-        {"exit": 0, "ended": None, "scored": {"val_bpb": 1.0}},
-        "RESULT none",
-    ),
-    "no network": (
-        1,
-        "uv: error: no network\n",
-        "its node was not ready: uv: error: no network",
-        "uv: error: no network\n",
-    ),
+    "scored": (0, f"Running\nval_bpb: 1\n\n{SCORED}\n", END, "Running\nval_bpb: 1\n"),
+    "the training prints the word": (0, f"RESULT none\n{SCORED}", END, "RESULT none"),
+    "no network": (1, "uv: no network\n", "its node was not ready: uv: no network", "uv: no network\n"),
     "no python": (127, "", "its node was not ready: no output", ""),
     "node": (None, None, "its node went: it died", None),
     "torn": (0, 'Running\n\nRESULT {"exit": 0, "sco', "its last line, the result, was torn", "Running\n"),
-    "words after it": (
-        0,
-        f"Running\n{SCORED}\nError",
-        {"exit": 0, "ended": None, "scored": {"val_bpb": 1.0}},
-        "Running",
-    ),
+    "words after it": (0, f"Running\n{SCORED}\nError", END, "Running"),
     "ended by Ray": (-15, "Running\n", "its node went: it died", "Running\n"),
 }
 
@@ -150,38 +121,14 @@ def test_ends_of_jobs(name, tmp_path):
 # --------------------------------------
 # A night whose trainings are scripts
 
-TRAIN = """
-import json, os, time
-from pathlib import Path
-
-SCORE = 1.0
-home = Path(os.environ["AUTORESEARCH_HOME"])
-while (home / "hold").exists():
-    time.sleep(0.05)
-line = json.loads(Path("line.json").read_text())
-line |= {"run": os.environ["AUTORESEARCH_RUN"], "commit": os.environ["AUTORESEARCH_COMMIT"]}
-line |= {"seed": int(os.environ["AUTORESEARCH_SEED"]), "folder": os.getcwd()}
-line["val_bpb"] = SCORE + line["seed"] / 1000
-with open(home / os.environ["AUTORESEARCH_BENCHMARK"] / "journal.jsonl", "a") as journal:
-    journal.write(json.dumps(line) + "\\n")
-"""
-LINE = {"time": "2026-11-28T01:00:00+00:00", "dirty": False, "steps": 100, "tokens": 6400, "holdout_bpb": 1.5}
-LINE |= {"training_seconds": 3.0, "peak_memory_mb": 2048.0, "slow_steps_percent": 0.0, "device": "cpu test x2"}
-
 
 class Sender(Agent):
     """A repository on the branch of a night, with its own home."""
 
     def __init__(self, folder, environment):
-        super().__init__(folder, environment, {})
+        super().__init__(folder, environment)
         self.home = Path(environment["AUTORESEARCH_HOME"])
         self.place = folder / ".git" / "autoresearch" / "night"
-
-    def python(self, *command, code=0):
-        process = self.run(*command)
-        output = process.stdout + process.stderr
-        assert process.returncode == code and "Traceback" not in output, output
-        return output
 
     def wave(self, *words, code=0):
         return self.python("swarm/wave.py", *words, code=code)
@@ -192,9 +139,6 @@ class Sender(Agent):
         self.edit(*edits, file=f"wave/{name}/train.py")
         assert WAVE_RUN in self.wave("commit", name, f"the {name} one; expect 0")
         return self.git("-C", f"wave/{name}", "rev-parse", "HEAD").strip()
-
-    def night(self):
-        return json.loads(self.python("ledger.py", "--json"))
 
     def states(self, commit):
         """State and seed of each of its runs."""
@@ -213,14 +157,13 @@ def sender(environment, prepared, tmp_path):
     environment |= {"AUTORESEARCH_HOME": str(home), "http_proxy": "http://127.0.0.1:1"}  # there is none
     sender = Sender(new_repository(tmp_path / "a clone", environment), environment)
     (sender.folder / "train.py").write_text(TRAIN)
-    (sender.folder / "line.json").write_text(json.dumps(LINE))
     (sender.folder / "pyproject.toml").write_text("")
     sender.edit(("^BASELINE_SEEDS = .*", "BASELINE_SEEDS = (1, 2)"), file="night/rules.py")
-    ask_no_torch(sender.folder, "cpu test x2")
+    ask_no_torch(sender.folder, LINE["device"])
     sender.git("add", "-A")
     sender.git("commit", "-qm", "scripts")
     environment[cluster.ADDRESS] = "http://127.0.0.1:1"
-    sender.python("ledger.py", "start", "night", "--until", "never")
+    sender.ledger("start", "night", "--until", "never")
     return sender
 
 
@@ -236,8 +179,8 @@ def test_worktrees(sender):
     (sender.folder / "wave" / "deeper" / "ledger.py").write_text("")
     sender.wave("commit", "deeper", "an idea")
     assert sender.git("-C", "wave/deeper", "show", "--format=%s", "--name-only") == "an idea\n\ntrain.py\n"
-    assert "next: " + WAVE_RUN in sender.python("ledger.py")
-    assert "an idea in a worktree needs a run" in sender.python("ledger.py")
+    assert "next: " + WAVE_RUN in sender.ledger()
+    assert "an idea in a worktree needs a run" in sender.ledger()
 
     # what has changes stays; nothing is forgotten
     commit = sender.git("-C", "wave/deeper", "rev-parse", "HEAD").strip()
@@ -248,7 +191,7 @@ def test_worktrees(sender):
     sender.wave("clean")
     assert not list((sender.folder / "wave").iterdir())
     assert commit in sender.git("for-each-ref", "--format=%(objectname)", "refs/tries")
-    assert WAVE_RUN in sender.python("ledger.py", "run", code=1)  # this night trains on a cluster
+    assert WAVE_RUN in sender.ledger("run", code=1)  # this night trains on a cluster
 
 
 def job_file(sender, commit, seed, **values):
@@ -269,10 +212,15 @@ def scored_job(sender, commit, seed, score):
         journal.write(json.dumps(line) + "\n")
 
 
-def test_jobs_are_recorded_by_any_command(sender):
+def test_jobs_are_recorded_by_any_command(sender, monkeypatch):
     """Also after the clone was moved; a score out of all range is a crash, and a file that was torn is none."""
     commit = sender.idea("wider", (r"\Z", "# wider\n"))
     scored_job(sender, commit, 1, 0.9)
+
+    # it is out until then: of two `wave.py run` at once the other one may not have seen the result
+    monkeypatch.setattr(common, "ROOT", sender.folder)
+    with recording("night") as (night, _):
+        assert commit not in [training.commit for training in needed_on_cluster(night)]
     scored_job(sender, commit, 2, 2000.0)
     job_file(sender, commit, 3, exit=1)
     for number, content in enumerate((b"", b"{", b"[]", b"{}", b"\xff\xfe")):
@@ -281,15 +229,6 @@ def test_jobs_are_recorded_by_any_command(sender):
     reasons = [run["reason"] for run in sender.night()["runs"]]
     assert reasons == ["", "val_bpb 2000 is out of range", "exit code 1:"]
     assert len(sender.jobs()) == 5 and len(sender.night()["runs"]) == 3
-
-
-def test_a_job_that_has_ended_is_out_until_it_is_recorded(sender, monkeypatch):
-    """Two `wave.py run` at once: one has taken a result, the other has not seen it yet."""
-    commit = sender.idea("wider", (r"\Z", "# wider\n"))
-    scored_job(sender, commit, 1, 0.9)
-    monkeypatch.setattr(common, "ROOT", sender.folder)
-    with recording("night") as (night, _):
-        assert commit not in [training.commit for training in needed_on_cluster(night)]
 
 
 @pytest.mark.cluster
@@ -312,7 +251,7 @@ def test_what_is_not_decided_stays(sender):
     sender.wave("commit", "chain", "on top")
     assert f"wave/chain stays: {first[:7]} is not decided yet" in sender.wave("clean")
     sender.git("checkout", "-q", "main")
-    sender.python("ledger.py", "start", "second", "--until", "never")
+    sender.ledger("start", "second", "--until", "never")
     sender.wave("clean")
     assert (sender.folder / "wave" / "chain").exists()
 
@@ -322,38 +261,18 @@ def test_what_is_not_decided_stays(sender):
     pointer = sender.folder / "wave" / "chain" / ".git"
     content = pointer.read_text()
     pointer.write_text("gitdir: /gone\n")
-    said = sender.python("ledger.py")
+    said = sender.ledger()
     assert "warning: wave/chain cannot be read, git rev-list: fatal: not a git repository" in said
     pointer.write_text(content)
     assert sender.night()["decisions"] == [] and sender.states(first) == ["scored 1"]
 
 
-@pytest.mark.cluster
-def test_an_idea_that_is_not_on_the_last_keep_is_named(sender):
-    old = sender.idea("old", (r"\Z", "# old\n"))
-    sender.edit((r"\Z", "# kept\n"))
-    sender.git("commit", "-qm", "kept", "--", "train.py")
-    line = {"kind": "decision", "commit": sender.git("rev-parse", "HEAD").strip(), "decision": "keep", "by": "hand"}
-    with open(sender.place / "record.jsonl", "a") as record:
-        record.write(json.dumps(line) + "\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "ROOT", sender.folder)
-        night, _ = read_night("night")
-    assert old not in [training.commit for training in needed_on_cluster(night)]
+def test_an_idea_that_is_not_on_the_last_keep_is_named():
+    night = Night(worktrees={"old": Checkout(("0" * 40, "1" * 40))})
+    night.add({"kind": "decision", "commit": "2" * 40, "decision": "keep", "by": "hand"})
     assert wave.problems_of_worktrees(night) == [
         "wave/old is not on the last keep, or changes more than train.py: make its idea in a new worktree"
     ]
-
-
-@pytest.fixture
-def ray(sender):
-    pytest.importorskip("ray", reason="needs the dependency group `cluster`")
-    ray = Ray(sender.environment)
-    sender.environment[cluster.ADDRESS] = ray.address
-    yield ray
-    for node in ray.nodes:
-        ray.kill(node)
-    shutil.rmtree(ray.folder)
 
 
 @pytest.mark.story
@@ -375,7 +294,7 @@ def test_a_wave(sender, ray):
     # on the first node the baseline holds on, whoever waits for it; two more trainings begin on the second
     head = ray.head("one")
     sender.wave("run", "--wait", "1")
-    assert len(sender.jobs()) == 5 and "jobs are out, 5 of them" in sender.python("ledger.py")
+    assert len(sender.jobs()) == 5 and "jobs are out, 5 of them" in sender.ledger()
     wait_for(lambda: trainings(one))
     node = ray.join("two", cpus=2)
     lost = wait_for(lambda: len(trainings(two)) == 2 and trainings(two))
@@ -421,7 +340,7 @@ def test_a_wave(sender, ray):
     assert not list((sender.folder / "wave").iterdir())
 
     # all final runs at once
-    sender.python("ledger.py", "until", "now")
+    sender.ledger("until", "now")
     (one / "hold").touch()
     sender.wave("run", "--wait", "1")
     assert len(sender.jobs()) == 4
