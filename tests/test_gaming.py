@@ -9,7 +9,6 @@ import functools
 import math
 import multiprocessing
 import os
-import subprocess
 import time
 
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, Function, new_repository, score, uniform
+from conftest import ROOT, Agent, Function, new_repository, refused, score, timed, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -271,15 +270,6 @@ def test_work_after_stop_counts(benchmark, monkeypatch):
         score(benchmark, model)
 
 
-def timed(benchmark, seconds=0.0):
-    """The clock of a run that took so long."""
-    clock = prepare.TrainingClock(benchmark, "cpu")
-    clock.start()
-    clock.started -= seconds
-    clock.stop()
-    return clock
-
-
 def test_a_second_score_of_the_same_run(benchmark):
     """Also by a copy of the clock that was made before."""
     clock = timed(benchmark)
@@ -304,8 +294,7 @@ def test_a_score_in_a_fork(benchmark):
     process.start()
     process.join()
     assert process.exitcode == 0 and clock.lock.held
-    with pytest.raises(SystemExit, match="another training is running"):
-        prepare.TrainingClock(benchmark, "cpu")
+    assert "another training is running" in refused(prepare.TrainingClock, benchmark, "cpu")
     prepare.evaluate_bpb(uniform(), benchmark, 8, clock)
 
 
@@ -316,8 +305,7 @@ def test_another_budget_and_easier_rows(own):
     rows = np.load(own.path / "val.npy")
     rows[:, 1:] = rows[0, 1]
     np.save(own.path / "val.npy", rows)
-    with pytest.raises(SystemExit, match="val.npy is missing or modified"):
-        score(own, uniform())
+    assert "val.npy is missing or modified" in refused(score, own, uniform())
 
 
 # --------------------------------------
@@ -338,7 +326,7 @@ def test_what_a_run_does_beside_its_training_is_flagged(own, environment, tmp_pa
     assert journal.flags(run) == journal.time_flags(run)  # the machine may be busy
 
     (repository / "prepare.py").write_text("LATE_LIMIT = 9")
-    subprocess.run(["git", "commit", "-qam", "mine"], cwd=repository, env=environment, check=True)
+    Agent(repository, environment).git("commit", "-qam", "mine")
     (repository / "helper.py").write_text("")
     rows = len(own.rows("train"))
     prepare.load_benchmark().rows("holdout")

@@ -156,21 +156,15 @@ def test_an_honest_night(book, cells, tmp_path):
     ):
         assert words in text
 
-
-def test_final_runs_are_hollow(book, cells):
-    an_honest_night(book)
-    axes = cells()[0]["figure"].axes[0]
+    # final runs are hollow, and the curves are those of what was kept: the third has none
+    axes = found["figure"].axes[0]
     groups = {group.get_label(): group for group in axes.collections}
     assert len(groups["final runs"].get_offsets()) == 4
     assert len(groups["final runs"].get_facecolors()) == 0 and len(groups["final runs"].get_edgecolors()) == 1
     assert [x for x, _ in groups["kept"].get_offsets()] == [1, 2, 3, 4, 5, 6, 10, 11, 12]
     assert "final runs" in [text.get_text() for text in axes.get_legend().get_texts()]
-
-
-def test_curves(book, cells):
-    deeper, _ = an_honest_night(book)
-    drawn = cells()[0]["curves"].axes[0].get_lines()
-    assert [line.get_label() for line in drawn] == [f"1. {book.start[:7]}", f"2. {deeper[:7]}"], "the third has none"
+    drawn = found["curves"].axes[0].get_lines()
+    assert [line.get_label() for line in drawn] == [f"1. {book.start[:7]}", f"2. {deeper[:7]}"]
     assert list(drawn[0].get_ydata()[:2]) == [5.0, 4.0] and list(drawn[1].get_ydata()) == [5.0, 3.0, 2.0]
 
 
@@ -214,12 +208,6 @@ def test_without_a_night(cells, tmp_path):
     assert found["runs"].empty and text.startswith("no night on ") and "of another" not in text
 
 
-def test_an_empty_night(book, cells, tmp_path):
-    (tmp_path / "results.tsv").write_text(HEADER + "aaaaaaa\t1.5\t1\tkeep\tof another\n")
-    found, text = cells()
-    assert found["runs"].empty and "nothing was tried yet" in text and "of another" not in text
-
-
 def test_labels_do_not_collide(book, cells):
     """Of 30 keeps side by side, some with equal scores, in a long night; all of the list is in the picture."""
     book.baseline()
@@ -249,10 +237,6 @@ def test_labels_do_not_collide(book, cells):
     assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 < axes.y0
 
 
-def by_hand(book):
-    book.add(book.journal, {"commit": book.start, "val_bpb": 1.0})
-
-
 def unrecorded(book):
     book.add(book.journal, {"commit": book.start, "val_bpb": 1.0, "run": "run-99"})
 
@@ -262,25 +246,18 @@ def off_the_line(book):
     book.idea("beside", 0.97, 0.97, 0.97)
 
 
-def edited(book):
-    (book.folder / "results.tsv").write_text(HEADER)
-
-
 AUDITS = {  # what happens after an honest baseline and a keep, and what the audit says of it
-    "another score": (
-        lambda book: book.idea("x", 0.98, journal={"val_bpb": 0.985}),
-        "val_bpb is 0.98 in the record, 0.",
-    ),
+    "another score": (lambda book: book.idea("x", 0.98, journal={"val_bpb": 0.985}), "val_bpb is 0.98 in the record"),
     "another seed": (lambda book: book.idea("x", 0.98, journal={"seed": 9}), "seed is 1 in the record, 9 in the jou"),
     "another commit": (lambda book: book.idea("x", 0.98, journal={"commit": "9" * 40}), "commit is "),
     "another train.py": (lambda book: book.idea("x", 0.98, train="9" * 40), "the train.py in the record is not that"),
     "missing line": (lambda book: book.idea("x", 0.98, journal=None), "scored, but the journal of this machine has no"),
     "dirty": (lambda book: book.idea("x", 0.98, journal={"dirty": True}), "uncommitted changes"),
     "a bug": (lambda book: book.idea("x", 0.8), "a gain of 19.2% in one step"),
-    "by hand": (by_hand, "1 runs by hand of its commits"),
+    "by hand": (lambda book: book.add(book.journal, {"commit": book.start, "val_bpb": 1.0}), "1 runs by hand of its"),
     "unrecorded": (unrecorded, "1 scored runs of its commits are not in the record"),
     "off the line": (off_the_line, "does not descend from the keep before it"),
-    "edited": (edited, "results.tsv was edited"),
+    "edited": (lambda book: (book.folder / "results.tsv").write_text(HEADER), "results.tsv was edited"),
 }
 
 
@@ -337,15 +314,9 @@ def publish(book, results):
     for number, result in enumerate(results.splitlines(), 1):
         agent, letter, decision, score, device = result.split()
         start = START | {"benchmark": "local-1", "device": device, "commit": "0" * 40}
-        run = {
-            "kind": "run",
-            "run": str(number),
-            "time": f"2026-11-01T00:{number:02}:00+00:00",
-            "commit": letter * 40,
-            "seed": 1,
-        }
-        run |= {"role": "idea", "train": letter * 40, "device": device, "description": "a = b", "state": "crash"}
-        run |= {} if score == "crash" else {"val_bpb": float(score), "state": "scored"}
+        run = {"kind": "run", "run": str(number), "time": f"2026-11-01T00:{number:02}:00+00:00", "seed": 1}
+        run |= {"commit": letter * 40, "train": letter * 40, "role": "idea", "device": device, "description": "a = b"}
+        run |= {"state": "crash"} if score == "crash" else {"val_bpb": float(score), "state": "scored"}
         lines = [run, {"kind": "decision", "commit": letter * 40, "decision": decision}]
         records.setdefault(agent, [start]).extend(lines)
     for agent, lines in records.items():

@@ -15,7 +15,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, parquet, refused, score, start, stories, uniform
+from conftest import TINY, parquet, refused, score, stories, timed, uniform
 
 import prepare
 from harness import common, journal, pace
@@ -45,9 +45,7 @@ def hands(monkeypatch):
 @pytest.fixture
 def clock(benchmark):
     """A clock of a run that was fair."""
-    clock = prepare.TrainingClock(benchmark, "cpu")
-    clock.start()
-    clock.stop()
+    clock = timed(benchmark)
     yield clock
     clock.release()
 
@@ -158,40 +156,16 @@ def test_the_speed_of_the_machine_during_a_run(clock, monkeypatch):
         clock.speed.look(elapsed)
     assert clock.speed.milliseconds == [1000, 2000, 3000] and clock.speed.result == 1636.3636
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_on_a_gpu_no_product_is_timed():
     speed = pace.SpeedProbe(types.SimpleNamespace(type="cuda"))
     speed.look(9.0)
-    assert speed.result is None
-
-
-def test_a_run_that_hangs_ends_itself(own):
-    """In a forward pass that never comes back, with the traceback of where that was."""
-    code = """
-import prepare, time, torch
-prepare.HANG_SECONDS = 1 - 3
-clock = prepare.TrainingClock(prepare.load_benchmark(), "cpu")
-
-def forward():
-    time.sleep(100)
-
-clock.start()
-forward()
-"""
-    process = start("-c", code)
-    errors = process.communicate(timeout=90)[1]
-    assert process.returncode == 1 and "Timeout" in errors and "in forward" in errors
-    prepare.TrainingClock(own, "cpu").release()  # the device is free
+    assert speed.result is None, "on a GPU nothing is timed"
 
 
 def test_a_run_that_was_scored_does_not_end_itself(own, monkeypatch):
     limits = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **options: limits.append(seconds))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", limits.clear)
-    clock = prepare.TrainingClock(own, "cpu")
-    clock.start()
-    clock.stop()
+    clock = timed(own)
     assert limits == [900, 3 + 300]
     prepare.evaluate_bpb(uniform(), own, 8, clock)
     assert limits == []
@@ -263,6 +237,7 @@ def test_journal_and_best(own, capsys):
     assert [run["val_bpb"] for run in runs] == scores and scores[1] == min(scores)
     run = runs[-1]
     assert run["steps"] == 3 and run["tokens"] == 3 * 4 * 64 and run["untimed_rows"] == 4
+    assert run["losses"] == []
     assert run["seed"] == 42 and run["benchmark"] == own.id
     assert run["same_harness"] and run["harness_sha256"] == journal.harness_sha256()
     assert 0 <= run["training_seconds"] < run["total_seconds"] and run["peak_memory_mb"] > 1
@@ -339,8 +314,3 @@ def test_the_curve_of_a_run(own, monkeypatch):
     prepare.evaluate_bpb(uniform(), own, 8, clock)
     (run,) = read_journal(own.path)
     assert run["losses"] == [3.5, None, None, None, None, 2.0, None, None, None, 1.0] and run["steps"] == 5
-
-
-def test_a_run_without_losses_has_no_curve(own):
-    score(own, uniform())
-    assert read_journal(own.path)[0]["losses"] == []
