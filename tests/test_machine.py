@@ -179,3 +179,4 @@ def test_cores_that_this_process_may_use(name, tmp_path, monkeypatch):
     for file, text in zip(files, quota.splitlines(), strict=False):
         (tmp_path / file).write_text(text + "\n")
     assert prepare.device_name(CPU).endswith(f" x{cores}")
+    assert not prepare.device_name(torch.device("mps")).endswith(f" x{cores}")

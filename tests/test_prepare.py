@@ -144,6 +144,7 @@ def test_climbmix(mirror, monkeypatch):
     assert np.array_equal(benchmark.rows("holdout"), expected[6:])  # the same stream goes on
     assert max(story_numbers(benchmark, "train")) < validation
     prepare.main([*ONE_SHARD, "--num-shards", "3", "--vocab-size", "280"])
+    assert "text too small" in refused(prepare.main, [*ONE_SHARD, "--holdout-rows", "9000"])
     assert len(mirror.seen) == 4  # every file was fetched once
 
 

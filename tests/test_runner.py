@@ -332,6 +332,16 @@ def test_ctrl_c_ends_a_run(held):
     assert clone.reasons() == [("interrupted", "ended with Ctrl-C")]
 
 
+def test_ctrl_c_ends_a_training_that_ignores_it(clone):
+    clone.edit(("^INTERRUPT_SECONDS = .*", "INTERRUPT_SECONDS = 0.5"), file="night/runner.py")
+    clone.idea("import signal", "signal.signal(2, signal.SIG_IGN)", CHILD, TRAIN)
+    process, keeper, training = clone.hold()
+    wait_for((clone.home / "child").exists)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and not is_alive(keeper) and not is_alive(training)
+    assert clone.reasons() == [("interrupted", "ended with Ctrl-C")]
+
+
 def test_ctrl_c_in_a_run_that_only_waits(held):
     clone, process, _, training = held
     second = clone.start("run")

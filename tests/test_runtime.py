@@ -299,7 +299,8 @@ def test_the_benchmark_that_is_named_goes_before_the_current_one(own, monkeypatc
     monkeypatch.setenv("AUTORESEARCH_BENCHMARK", own.id)
     assert prepare.load_benchmark() == own
     monkeypatch.setenv("AUTORESEARCH_BENCHMARK", "gone")
-    assert "benchmark gone: benchmark.json is missing" in refused(prepare.load_benchmark)
+    words = 'benchmark gone: benchmark.json is missing or modified; run "uv run prepare.py <its arguments>" again'
+    assert words in refused(prepare.load_benchmark)
 
 
 def test_the_curve_of_a_run(own, monkeypatch):
