@@ -346,7 +346,7 @@ def decide(decision):
 
 
 def start(tag, until):
-    """Check everything, then make the branch, the first commit and the record."""
+    """Check everything, then make the branch, the first commit and the record. Returns the night."""
     until = parse_until(until, "--until ")
     problems, device = checks.find_problems(tag)
     if problems:
@@ -373,7 +373,7 @@ def start(tag, until):
         print("(a night without an end has no final runs, so no gain to report: `uv run ledger.py until now` ends it)")
     print(f"benchmark {night.benchmark}, {load_budget(night):g} s a run, on {night.device or 'a cluster'}")
     print_problems(warnings)
-    print_next(night)
+    return night
 
 
 def set_until(text):
@@ -457,7 +457,7 @@ def main(arguments=None):
     if options.command == "start" and "/" in options.tag:
         raise SystemExit("a tag with / is a night on a hub: uv run swarm/hub.py join (swarm/program.md)")
     elif options.command == "start":
-        start(options.tag, options.until)
+        print_next(start(options.tag, options.until))
     elif options.command == "run":
         run()
     elif options.command in ("keep", "discard"):

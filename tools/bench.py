@@ -127,9 +127,8 @@ def main():
     best = {}
     for _ in range(ROUNDS):
         for kind in ("train.py", "plain"):
-            output = subprocess.run(
-                [sys.executable, __file__, "segment", kind], capture_output=True, text=True, check=True
-            ).stdout
+            command = [sys.executable, __file__, "segment", kind]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             found = json.loads(output.splitlines()[-1])
             best[kind] = max(best.get(kind, found), found, key=lambda figures: figures["tokens"])
     ours, plain = best["train.py"], best["plain"]
@@ -264,15 +263,15 @@ def fill_hub(hub, begun):
     """Write the records of AGENTS agents, and a ref for each of their tries, into a bare repository."""
     from harness.common import call_git
 
-    refs = []
+    known = call_git("rev-parse", "HEAD", folder=hub)
+    refs = {}
     for agent in range(AGENTS):
         lines = [json.dumps(line) + "\n" for line in (begun, *long_night(begun, AGENT_RUNS, agent + 1))]
         blob = call_git("hash-object", "-w", "--stdin", folder=hub, text="".join(lines))
         tree = call_git("mktree", folder=hub, text=f"100644 blob {blob}\trecord.jsonl\n")
-        refs.append((f"results/long/agent-{agent}", call_git("commit-tree", tree, "-m", "record", folder=hub)))
-        refs += [(f"tries/long/agent-{agent}/{number:07x}", begun["commit"]) for number in range(AGENT_RUNS // 5)]
-    known = call_git("rev-parse", "HEAD", folder=hub)
-    text = "".join(f"create refs/{name} {known if name.startswith('tries') else commit}\n" for name, commit in refs)
+        refs[f"results/long/agent-{agent}"] = call_git("commit-tree", tree, "-m", "record", folder=hub)
+        refs |= {f"tries/long/agent-{agent}/{number:07x}": known for number in range(AGENT_RUNS // 5)}
+    text = "".join(f"create refs/{name} {commit}\n" for name, commit in refs.items())
     call_git("update-ref", "--stdin", folder=hub, text=text, seconds=600)
     call_git("gc", "-q", folder=hub, seconds=600)
 
