@@ -169,11 +169,13 @@ def test_a_leak_at_a_rare_token_is_seen_by_almost_every_probe(kind):
 @given(T=st.integers(2, 40), batch_size=st.integers(1, 50))
 @settings(deadline=None, max_examples=50)
 def test_every_cut_is_tried(T, batch_size):
-    """Once and more, where there are more rows than cuts; and none outside of the row."""
-    cuts = probe(uniform(64), zipf_rows(T), batch_size, 64).cuts
-    each, rarest = cuts[:-1].flatten().tolist(), cuts[-1].tolist()
+    """Once and more, where there are more rows than cuts; and then one behind the rarest token, if there is a place."""
+    found = probe(uniform(64), zipf_rows(T), batch_size, 64)
+    each = found.cuts[:-1].flatten().tolist()
     assert set(each) == set(range(1, T)) and len(each) - (T - 1) < batch_size
-    assert all(1 <= cut < T for cut in rarest)
+    for ids, cut in zip(found.ids.tolist(), found.cuts[-1].tolist()):
+        rarest = max(token for token in [0, *ids] if token < 60)
+        assert 1 <= cut < T and rarest in (ids[cut - 1], ids[-1], 0)
 
 
 def test_the_probe_is_not_drawn_from_the_generator_that_train_py_seeds(benchmark):

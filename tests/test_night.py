@@ -185,6 +185,7 @@ NIGHTS = {  # night -> the run that comes next (role, commit, seed) or the comma
     "cut off three times": (night_of((S, 1, "crash", GONE)), "# tell the human: the untouched", "until"),
     "one score": (night_of(CRASHED[0], BASE[1], CRASHED[2]), "# tell the human: the baseline has fewer", "until"),
     "mended": (night_of(*CRASHED[:2], UNTIL), ("baseline", S, 3), "baseline"),
+    "one score, mended": (night_of(CRASHED[0], BASE[1], CRASHED[2], UNTIL), ("baseline", S, 1), "baseline"),
     "mended, two more to go": (night_of(*CRASHED, UNTIL), ("baseline", S, 1), "baseline"),
     "twice elsewhere": (night_of(*BASE, *AWAY, at=A), "# tell the human: the last two runs were on cpu", "until"),
     "once elsewhere": (night_of(*BASE, (A, 1, "elsewhere"), at=A), ("idea", A, 1), "new idea"),

@@ -189,8 +189,9 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
         ({"a.txt": "short", "b.txt": b"\xe9"}, [], "too small"),
         ({"a.txt": BOOK}, ["--vocab-size", "60000"], "supports .* at most"),
         ({"a.txt": BOOK}, ["--val-rows", "9000"], "too small"),
+        ({"a.txt": "x" * 65_536 + "\n" + "y" * 65_536 + "\nend"}, ["--vocab-size", "260"], "too small"),
     ],
-    ids=["none", "short", "few words", "many rows"],
+    ids=["none", "short", "few words", "many rows", "no row left"],
 )
 def test_bad_text(home, tmp_path, text, arguments, message):
     assert re.search(message, refused(prepare_text, tmp_path, text, *arguments))
