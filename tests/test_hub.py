@@ -342,7 +342,8 @@ def test_what_is_proposed_can_be_adopted(hub):
         lie = {"run": f"lie-{number}", "commit": name, "train": blob, "role": "idea", "val_bpb": 0.1}
         eve.write(RESULT | lie, {"kind": "decision", "commit": name, "decision": "keep", "by": "hand"})
     eve.hub("exchange")
-    assert f"next: uv run swarm/hub.py adopt {good}" in ada.hub("exchange")
+    output = ada.hub("exchange")
+    assert f"next: uv run swarm/hub.py adopt {good}" in output and output.count("ahead of your last keep") == 1
 
 
 @pytest.fixture

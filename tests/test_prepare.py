@@ -38,7 +38,7 @@ def is_nothing_prepared(home):
 # What is built
 
 
-def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
+def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys, monkeypatch):
     prepare.main(book)
     one = prepare.load_benchmark()
     assert one.id == one.path.name and one.id.startswith("local-T32-V300-1s-")
@@ -54,6 +54,9 @@ def test_same_flags_same_benchmark_and_others_beside_it(home, book, capsys):
     other = prepare.load_benchmark()
     assert one.id != other.id and one.path.exists() and other.time_budget == 2
     assert (other.path / "train.npy").read_bytes() == before["train.npy"]
+    monkeypatch.setenv("AUTORESEARCH_BENCHMARK", one.id)  # as on a node of a cluster
+    assert f"but AUTORESEARCH_BENCHMARK is {one.id}" in refused(prepare.main, [*book, "--time-budget", "3"])
+    assert (home / "current").read_text() == other.id
     assert not [path for path in home.iterdir() if path.name.endswith("tmp") or path.name == ".building"]
 
 
