@@ -332,7 +332,7 @@ def decide(decision):
     # a keep is a wish, which the rule decides as soon as there is a second run
     values = {"decision": "discard", "reason": "by hand"}
     if decision == "keep":
-        values = {"decision": "simpler", "reason": "it is kept if its second run is not worse than the last keep"}
+        values = {"decision": "simpler", "reason": "kept if its second run is not worse, and once its wave is decided"}
     with recording(night.tag) as (night, place):
         append(place, night, {"kind": "decision", "time": now(), "commit": night.head, "by": "hand", **values})
     night, _, _, _ = refresh()
@@ -388,7 +388,7 @@ def set_until(text):
 
 def parse_until(text, command):
     """A time of day becomes the next such time, in ISO form and UTC; numbers and `never` stay. Raises SystemExit."""
-    if text == "never" or re.fullmatch(r"[1-9][0-9]*", text):
+    if text == "never" or re.fullmatch("[1-9][0-9]{0,8}", text):
         return text
     clock = re.fullmatch(r"([01]?[0-9]|2[0-3]):([0-5][0-9])", text)
     here = datetime.now()

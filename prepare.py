@@ -73,7 +73,7 @@ from harness.record import benchmark_id, find_record, read_record
 from harness.sources import LocalText
 from harness.tokenizer import Tokenizer, encode_batches
 
-# What train.py, the tools and the tests take from here; some of it lives in harness/
+# What train.py takes from here; some of it lives in harness/
 __all__ = ["load_benchmark", "TrainingClock", "make_dataloader", "evaluate_bpb", "Tokenizer", "Progress", "runtime"]
 
 # --------------------------------------

@@ -127,7 +127,7 @@ def first_line(error):
 
 def printable(text, length=None):
     """Anybody's text, or a path, on one line: blanks for white space, ? for what can't be printed."""
-    line = " ".join(str(text).split())
+    line = re.sub(r"\s", " ", str(text)).strip()
     return "".join(letter if letter.isprintable() else "?" for letter in line[:length])
 
 

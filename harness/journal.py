@@ -95,7 +95,7 @@ def refuse_unwritable(folder):
     """Raise NotRecorded before a training whose score could not be recorded."""
     try:
         write_atomically(folder / "writable", "yes")
-        (folder / "writable").unlink()
+        (folder / "writable").unlink(missing_ok=True)  # another run may try at the same moment
     except OSError as error:
         raise NotRecorded(f"cannot write to AUTORESEARCH_HOME: {explain(error)}") from None
 

@@ -138,7 +138,7 @@ def synchronize(device):
 
 
 def device_name(device):
-    """The GPU's name, or what kind of processor this is and on how many of its cores torch computes."""
+    """The name of a GPU; of a CPU its kind, and on how many of its cores torch computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

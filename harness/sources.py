@@ -213,7 +213,11 @@ class LocalText:
         text into training.
         """
         for path, state in self._states.items():
-            if not path.exists() or file_state(path.stat()) != state:
+            try:
+                is_same = file_state(path.stat()) == state
+            except OSError:
+                is_same = False
+            if not is_same:
                 advice = "run this again when nothing writes to it"
                 raise SystemExit(f"{printable(path)}: changed while it was read; {advice}")
 

@@ -140,6 +140,10 @@ def choose_of_wave(decisions, night):
         return decisions
     others = [decision for decision in decisions if decision not in winners]
 
+    # without a cluster the worktrees wait, and so does what has won in them
+    if not night.on_cluster:
+        return others + [winner for winner in winners if winner.commit in night.line]
+
     # what else may still be kept
     decided = {decision.commit for decision in decisions} | set(night.kept)
     waiting = [training.commit for training in needed_in_wave(night, night)] + [job["commit"] for job in night.out]

@@ -123,7 +123,7 @@ class Keeper:
 
     def interrupt(self, *_):
         self.interrupted = True
-        self.patience = time.monotonic() + INTERRUPT_SECONDS
+        self.patience = min(self.patience, time.monotonic() + INTERRUPT_SECONDS)
         if self.process:
             kill_group(self.process, signal.SIGINT)
 

@@ -92,6 +92,7 @@ def for_the_human(night):
     elif len(baseline) >= 2 and all(run.state == "crash" for run in baseline[-2:]):
         found = f"the untouched train.py crashes here: {baseline[-1].reason}"
     elif night.out and not night.on_cluster:
+        mended = f"export RAY_API_SERVER_ADDRESS, or give them up: remove .git/autoresearch/{night.tag}/jobs"
         found = f"jobs are out, {len(night.out)} of them, but no cluster is named (RAY_API_SERVER_ADDRESS)"
     elif too_few_scores(night):
         found = f"the baseline has fewer than {LEAST_SCORES} scores"
@@ -140,7 +141,7 @@ def result_of(night):
     # the difference of the final runs, which selected nothing
     gained = final_gain(night)
     if math.isnan(gained):
-        return "baseline and last keep have no final runs with a score, so no gain is confirmed"
+        return "the baseline or the last keep has no final run with a score, so no gain is confirmed"
     words = f"the gain to report, on fresh seeds: {gained:+.6f}"
     floor = noise_floor(night)
     if abs(gained) <= floor:

@@ -205,10 +205,11 @@ def send(client, night, state, slot):
             # the node's Python: where `uv run` has started Ray, Ray would make an environment for each commit
             environment = {"working_dir": str(files), "py_executable": "python"}
             client.submit_job(entrypoint=command, submission_id=state["job"], runtime_env=environment, **slot)
-            print(f"submitted: {short(state['commit'])} seed {state['seed']}, {state['role']}")
         except RuntimeError as error:
-            if "already exists" not in str(error):  # another `run` was faster
-                raise
+            if "already exists" in str(error):  # another `run` was faster
+                return
+            raise
+    print(f"submitted: {short(state['commit'])} seed {state['seed']}, {state['role']}")
 
 
 def collect(client, place):

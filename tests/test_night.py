@@ -416,6 +416,7 @@ def test_what_comes_next_in_a_wave():
     assert lost.kind == "tell" and "jobs are out, 1 of them, but no cluster" in lost.command
     assert next_step(wave_of(*BASE, on_cluster=False)).command == IDEA
     assert verdicts(wave_of(*BASE, *WINNERS[3:], line=(S, B), on_cluster=False))[1] == "keep"
+    assert verdicts(wave_of(*BASE, *WINNERS, ideas=(A, B, C), on_cluster=False)) == ["", "", ""]
     assert next_step(wave_of(*BASE, (A, 1, 1.1), (B, 1, 1.1))).command == steps.NEW_WORKTREE
     gone = wave_of(*BASE, (A, 1, 0.99), ideas=[])
     assert gone.attempt(A).decision.reason.startswith("abandoned") and next_step(gone).kind == "idea"

@@ -61,8 +61,9 @@ class Book:
         self.count += 1
         time = f"2026-11-01T00:{self.count * 2:02}:00+00:00" if self.count < 30 else "2026-11-01T02:00:00+00:00"
         line = {"run": f"run-{self.count}", "time": time, "commit": commit, "seed": seed, "val_bpb": score}
+        line["device"] = "cpu"
         if score and journal is not None:
-            seen = {"benchmark": self.benchmark, "device": "cpu", "dirty": False, "same_harness": True}
+            seen = {"benchmark": self.benchmark, "dirty": False, "same_harness": True}
             self.add(self.journal, line | seen | {"holdout_bpb": score + 0.1} | dict(journal))
         line |= {"kind": "run", "role": role, "state": "scored" if score else "crash", "memory_gb": 1.0}
         line |= {"train": self.git("rev-parse", f"{commit}:train.py"), "description": "baseline"}
@@ -208,6 +209,13 @@ def test_without_a_night(cells, tmp_path):
     assert found["runs"].empty and text.startswith("no night on ") and "of another" not in text
 
 
+def test_an_empty_night(book, cells, tmp_path):
+    (tmp_path / "results.tsv").write_text(HEADER + "aaaaaaa\t1.5\t1\tkeep\tof another\n")
+    found, text = cells()
+    assert found["runs"].empty and "nothing was tried yet" in text and "of another" not in text
+    assert [sentence[:22] for _, sentence in found["findings"]] == ["results.tsv was edited"]
+
+
 def test_labels_do_not_collide(book, cells):
     """Of 30 keeps side by side, some with equal scores, in a long night; all of the list is in the picture."""
     book.baseline()
@@ -249,6 +257,7 @@ def off_the_line(book):
 AUDITS = {  # what happens after an honest baseline and a keep, and what the audit says of it
     "another score": (lambda book: book.idea("x", 0.98, journal={"val_bpb": 0.985}), "val_bpb is 0.98 in the record"),
     "another seed": (lambda book: book.idea("x", 0.98, journal={"seed": 9}), "seed is 1 in the record, 9 in the jou"),
+    "another device": (lambda book: book.idea("x", 0.98, journal={"device": "x"}), "device is cpu in the record, x in"),
     "another commit": (lambda book: book.idea("x", 0.98, journal={"commit": "9" * 40}), "commit is "),
     "another train.py": (lambda book: book.idea("x", 0.98, train="9" * 40), "the train.py in the record is not that"),
     "missing line": (lambda book: book.idea("x", 0.98, journal=None), "scored, but the journal of this machine has no"),

@@ -196,8 +196,9 @@ def test_the_benchmark_suits_the_machine(home, monkeypatch, capsys, memory, capa
     ],
     ids=["none", "short", "few words", "many rows", "no row left"],
 )
-def test_bad_text(home, tmp_path, text, arguments, message):
+def test_bad_text(home, tmp_path, capsys, text, arguments, message):
     assert re.search(message, refused(prepare_text, tmp_path, text, *arguments))
+    assert ("skipped: files that are not UTF-8 (1)" in capsys.readouterr().out) == ("b.txt" in text)
     assert is_nothing_prepared(home)
 
 

@@ -213,12 +213,15 @@ def scored_job(sender, commit, seed, score):
 def test_jobs_are_recorded_by_any_command(sender, monkeypatch):
     """Also after the clone was moved; a score out of all range is a crash, and a file that was torn is none."""
     commit = sender.idea("wider", (r"\Z", "# wider\n"))
-    scored_job(sender, commit, 1, 0.9)
 
-    # it is out until then: of two `wave.py run` at once the other one may not have seen the result
+    # a job is out until then: of two `wave.py run` at once the other one may not have seen the result
     monkeypatch.setattr(common, "ROOT", sender.folder)
-    with recording("night") as (night, _):
-        assert commit not in [training.commit for training in needed_on_cluster(night)]
+    monkeypatch.setenv(cluster.ADDRESS, "http://127.0.0.1:1")
+    for is_needed in (True, False):
+        with recording("night") as (night, _):
+            assert (commit in [training.commit for training in needed_on_cluster(night)]) == is_needed
+        if is_needed:
+            scored_job(sender, commit, 1, 0.9)
     scored_job(sender, commit, 2, 2000.0)
     job_file(sender, commit, 3, exit=1)
     for number, content in enumerate((b"", b"{", b"[]", b"{}", b"\xff\xfe")):

@@ -6,7 +6,7 @@ The first hour on a GPU: does train.py start there, how fast is it, and what do 
     uv run python tools/gpu.py --seconds 300 train.py      # longer runs
 
 A call takes about --minutes. Variants take turns, seed by seed. A result is a line of gpu.jsonl in the folder --out; a
-later call skips what is in there. The text is `local`, in rows as long as climbmix's: no network.
+later call skips what is in there of the same file. The text is `local`, in rows as long as climbmix's: no network.
 """
 
 import argparse
