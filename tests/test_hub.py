@@ -546,5 +546,5 @@ def test_records_in_any_state_harm_nobody(hub):
     assert re.search(r"^\d+ lines in the records of others cannot be read, and do not count$", output, re.M)
     assert ada.hub("look", "2J").splitlines() == ["2026-11-28 01:02 test/eve says: x y??[2J z"]
     assert "test/eve 0.500000 keep, eeeeeee on ddddddd, cpu x86_64 x2: in another's name" in ada.hub("look", "another")
-    assert sorted(re.findall("says: (.*)", ada.hub("look", "says"))) == ["mine", "raw in", "x y??[2J z"]
+    assert sorted(re.findall("says: (.*)", ada.hub("look", "says"))) == ["mine", "raw  in", "x y??[2J z"]
     assert join(hub, "bob").hub("look", "deeper").count("\n") == 1
