@@ -28,7 +28,7 @@ from datetime import datetime, timedelta, timezone
 
 from harness import common
 from harness.common import OneLineParser, find_home, git, now, resolve, run_command
-from harness.journal import flags, read_journal, refuse_unwritable
+from harness.journal import flags, read_journal
 from night import checks, clients, ends, runner
 from night.record import NoNight, append, find_tag, read_night, read_run, recording
 from night.rules import bar, is_over, noise_floor, scores_of, short
@@ -80,18 +80,6 @@ def same_train(night):
     return None
 
 
-def load_budget(night):
-    """The seconds of a run. Raises SystemExit where the night's benchmark is not."""
-    path = find_home() / night.benchmark / "benchmark.json"
-    try:
-        return json.loads(path.read_text())["settings"]["time_budget"]
-    except (OSError, ValueError, KeyError):
-        raise SystemExit(
-            f"the benchmark of this night, {night.benchmark}, is not in {find_home()}: set AUTORESEARCH_HOME to where "
-            "it was prepared, or prepare it again as it was"
-        ) from None
-
-
 # --------------------------------------
 # Status
 
@@ -113,7 +101,10 @@ def print_status():
         print(f"best so far: {sparkline(list(itertools.accumulate(means, min)))} {means[0]:.4f} to {min(means):.4f}")
     if not math.isnan(bar(night)):
         print(f"to beat:     {bar(night):.6f}, {short(night.last_keep)}")
-    print(f"this commit: {short(night.head)}, {standing(night)}")
+    standing = night.attempt(night.head).verdict or "undecided"
+    if night.head == night.start:
+        standing = "the baseline"
+    print(f"this commit: {short(night.head)}, {standing}")
     for run in night.attempt(night.head).runs.values():
         print(f"  {run_in_words(run, night)}")
 
@@ -123,13 +114,6 @@ def print_status():
         print(f"  {cells[0]} {cells[1]} {cells[3]:<7} {cells[4]:.160}")
     print_problems(problems)
     print_next(night)
-
-
-def standing(night):
-    """What HEAD is in this night."""
-    if night.head == night.start:
-        return "the baseline"
-    return night.attempt(night.head).verdict or "undecided"
 
 
 def end_in_words(night):
@@ -179,7 +163,6 @@ def sparkline(values):
 def print_json():
     """The night for programs: what was recorded, what comes next, and what the rules make of it."""
     night, _, _, problems = refresh()
-    step = next_step(night)
     known = {"tag", "until", "start", "benchmark", "device", "line", "changed", "going_on", "time"}
     values = {name: value for name, value in vars(night).items() if name in known}
     values |= {
@@ -190,7 +173,7 @@ def print_json():
         "to_beat": none_if_nan(bar(night)),
         "over": is_over(night),
         "problems": problems,
-        "next": asdict(step),
+        "next": asdict(next_step(night)),
     }
     print(json.dumps(values))
 
@@ -218,9 +201,7 @@ def run():
     if step.kind == "run" and night.on_cluster:
         raise SystemExit(f"nothing is run here: this night trains on a cluster; next: {step.command}")
     if step.kind == "run":
-        budget = load_budget(night)
-        refuse_unwritable(find_home() / night.benchmark)
-        keeper = start_run(step.training, budget)
+        keeper = start_run(step.training)
         wait_for_run(place, keeper)
     elif step.kind == "wait":
         print(f"run {night.going_on['run']} goes on: waiting for it", flush=True)
@@ -236,12 +217,12 @@ def run():
     print_next(night)
 
 
-def start_run(training, budget):
+def start_run(training):
     """Start a keeper, unless another process has made this run since, or makes it; returns its process, or None."""
     with recording(find_tag()) as (night, place):
         if next_step(night).training != training:
             return None
-        return runner.begin(place, night, training, budget)
+        return runner.begin(place, night, training)
 
 
 def wait_for_run(place, keeper):
@@ -319,12 +300,11 @@ def as_curve(losses):
 def decide(decision):
     """The agent's own decision of HEAD, where the rules leave it the choice."""
     night, _, _, _ = refresh()
-    attempt = night.attempt(night.head)
     if night.head == night.start:
         raise SystemExit("the baseline is what all is compared with: commit an idea first")
     if night.head in night.kept:
         raise SystemExit(f"{short(night.head)} is kept already: to take it back, commit an idea without it")
-    if not attempt.counted():
+    if not night.attempt(night.head).counted():
         raise SystemExit(f"{short(night.head)} has no run that counts; next: {RUN}")
     if night.last_keep not in night.line and decision == "keep":
         raise SystemExit(f"not kept: {next_step(night).reason}; next: {next_step(night).command}")
@@ -371,7 +351,7 @@ def start(tag, until):
         print(f"(if you meant the hour: uv run ledger.py until {int(until):02}:00)")
     if until == "never":
         print("(a night without an end has no final runs, so no gain to report: `uv run ledger.py until now` ends it)")
-    print(f"benchmark {night.benchmark}, {load_budget(night):g} s a run, on {night.device or 'a cluster'}")
+    print(f"benchmark {night.benchmark}, {runner.load_budget(night):g} s a run, on {night.device or 'a cluster'}")
     print_problems(warnings)
     return night
 
@@ -396,19 +376,14 @@ def parse_until(text, command):
         moment = here.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
         if moment <= here:
             moment += timedelta(days=1)
-        return in_utc(moment)
-
-    # a date, in the time of this place unless it names its own
-    try:
-        moment = datetime.fromisoformat(text).astimezone()
-    except (ValueError, OverflowError):
-        raise SystemExit(f"{command}{text}: must be like 07:00, 2026-11-28T07:00, 40 (rows) or never") from None
-    if moment <= here.astimezone():
-        raise SystemExit(f"{command}{text}: that is in the past")
-    return in_utc(moment)
-
-
-def in_utc(moment):
+    else:
+        # a date, in the time of this place unless it names its own
+        try:
+            moment = datetime.fromisoformat(text).astimezone()
+        except (ValueError, OverflowError):
+            raise SystemExit(f"{command}{text}: must be like 07:00, 2026-11-28T07:00, 40 (rows) or never") from None
+        if moment <= here.astimezone():
+            raise SystemExit(f"{command}{text}: that is in the past")
     return moment.astimezone(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -437,18 +412,18 @@ def is_open():
 
 
 def parse_arguments(arguments=None):
-    parser = OneLineParser(description="The commands of a night: see program.md.", allow_abbrev=False)
+    parser = OneLineParser(description="The commands of a night: see program.md.")
     parser.add_argument("--json", action="store_true", help="print the night for programs")
     commands = parser.add_subparsers(dest="command", metavar="start | run | keep | discard | until | open")
-    begin = commands.add_parser("start", allow_abbrev=False, help="check everything and make the branch")
+    begin = commands.add_parser("start", help="check everything and make the branch")
     begin.add_argument("tag", help="a name for the night, such as nov28")
     begin.add_argument("--until", required=True, metavar="WHEN", help="07:00, 2026-11-28T07:00, 40 (rows) or never")
-    commands.add_parser("run", allow_abbrev=False, help="train what comes next, record it, decide")
-    commands.add_parser("keep", allow_abbrev=False, help="HEAD is simpler: keep it, if its second run is not worse")
-    commands.add_parser("discard", allow_abbrev=False, help="drop HEAD, though it is promising")
-    end = commands.add_parser("until", allow_abbrev=False, help="another end of the night")
+    commands.add_parser("run", help="train what comes next, record it, decide")
+    commands.add_parser("keep", help="HEAD is simpler: keep it, if its second run is not worse")
+    commands.add_parser("discard", help="drop HEAD, though it is promising")
+    end = commands.add_parser("until", help="another end of the night")
     end.add_argument("when", help="as for start, or `now`")
-    commands.add_parser("open", allow_abbrev=False, help="exit 0 while an agent has something to do")
+    commands.add_parser("open", help="exit 0 while an agent has something to do")
     return parser.parse_args(arguments)
 
 

@@ -39,7 +39,7 @@ import numpy as np
 from filelock import FileLock
 
 from harness import journal
-from harness.journal import map_rows, open_rows, rows_served
+from harness.journal import map_rows, rows_served
 
 HOME = find_home()
 
@@ -129,8 +129,10 @@ class Benchmark:
     prepared_by: str = field(compare=False)  # the hash of the harness that built it
 
     def rows(self, split):
-        """The packed rows of "train", "val" or "holdout": uint16 [rows, T + 1], memory-mapped, read-only."""
-        return open_rows(self.path, split)
+        """The packed rows of "train", "val" or "holdout", counted: uint16 [rows, T + 1], memory-mapped, read-only."""
+        rows = map_rows(self.path, split)
+        rows_served[split] += len(rows)
+        return rows
 
     def token_bytes(self):
         """Raw byte length of every token, 0 for special tokens: int32 [V]."""
@@ -185,8 +187,7 @@ def build_climbmix(settings, num_shards):
     holdout = list(itertools.islice(scored, settings["holdout_rows"]))
     if len(holdout) < settings["holdout_rows"]:
         raise SystemExit(TOO_SMALL)
-    train = packed(tokenizer, read_shards(training), settings)
-    return tokenizer, val, holdout, train
+    return tokenizer, val, holdout, packed(tokenizer, read_shards(training), settings)
 
 
 def read_shards(files):
@@ -329,8 +330,7 @@ def batches_of(rows, seed, batch_size, device):
     order = shuffled(len(rows), seed)
 
     def read_batch():
-        chosen = list(itertools.islice(order, batch_size))
-        indices, epochs = zip(*chosen, strict=True)
+        indices, epochs = zip(*itertools.islice(order, batch_size), strict=True)
         ids = read(rows, np.array(indices))
         if device.type == "cuda":
             ids = ids.pin_memory()
@@ -618,11 +618,7 @@ def number(kind, least, most):
 
 
 def parse_arguments(arguments=None):
-    parser = OneLineParser(
-        description="Build the benchmark that train.py is scored on.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = OneLineParser(description="Build the benchmark that scores train.py.", argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--dataset", choices=PRESETS, help="default: climbmix (GPU over 16 GiB), tinystories (other GPU), local (none)")
     add("--text", nargs="+", metavar="PATH", help="local: files or folders; default: installed Python")

@@ -47,7 +47,10 @@ GIT_ENVIRONMENT = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the arguments."""
+    """Says in one line what is wrong with the arguments, and takes no abbreviated ones."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")

@@ -164,12 +164,11 @@ def download(session, url, path, stop):
             except requests.RequestException as error:
                 reason = first_line(error)
                 continue
-        fault = find_fault(part, response)
-        if fault is None:
+        reason = find_fault(part, response)
+        if reason is None:
             os.replace(part, path)
             return
         part.unlink()
-        reason = fault
     raise failure(url, reason, ADVICE)
 
 

@@ -41,15 +41,8 @@ SUSPECTS = {
 rows_served = Counter()  # of this process, by split, until its run is scored: {"train": 4096}
 
 
-def open_rows(folder, split):
-    """The packed rows of "train", "val" or "holdout", counted: uint16 [rows, T + 1], memory-mapped, read-only."""
-    rows = map_rows(folder, split)
-    rows_served[split] += len(rows)
-    return rows
-
-
 def map_rows(folder, split):
-    """The rows of open_rows, not counted: for the harness itself."""
+    """The packed rows of a split, uncounted, for the harness: uint16 [rows, T + 1], memory-mapped, read-only."""
     import numpy as np
 
     return np.load(folder / f"{split}.npy", mmap_mode="r")
@@ -219,8 +212,3 @@ def suspects(source):
             if re.search(pattern, code):
                 found.append(f"train.py:{number} {reason}: {code:.100}")
     return found
-
-
-def suspects_of_commit(commit):
-    """The suspects in the train.py of a commit; none if git does not know it."""
-    return suspects(git("show", f"{commit}:./train.py").output)

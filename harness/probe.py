@@ -44,7 +44,6 @@ class Probe:
         index = torch.randperm(len(rows), generator=self.generator).numpy()
         self.ids = torch.from_numpy(rows[np.resize(index, batch_size)][:, :-1].astype(np.int64))
         self.B, self.T = self.ids.shape
-        self.positions = torch.arange(self.T)
         self.cuts = self.draw_cuts()
 
         # a document starts just before each row's first cut, so that a look across its border is seen
@@ -64,7 +63,7 @@ class Probe:
         self.measure_noise()
         for cuts in self.cuts:
             # each row keeps what is before its cut, and gets another future
-            kept = self.positions < cuts[:, None]
+            kept = torch.arange(self.T) < cuts[:, None]
             future = self.replace(kept)
             leaks = kept & self.moved(future)
             if leaks.any():

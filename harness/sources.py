@@ -38,14 +38,15 @@ class Search:
         self.states = {}  # path: size in bytes, time of change in nanoseconds
         self.skipped = Skipped()
         self.entered = set()  # folders, by device and inode
-        self.links = []  # to folders: prefix, root, path
+        self.links = []  # to folders: root, path
 
-    def walk(self, prefix, root, top, is_link=False):
-        """Add what lies under the folder `top`: `root` itself, or a link under it. A group's name has the prefix."""
-        for folder, subfolders, names in os.walk(top, onerror=self.note_folder):
+    def walk(self, prefix, root, link=None):
+        """Add what lies under the folder `root`, or under a link in it. A group's name has the prefix."""
+        for folder, subfolders, names in os.walk(link or root, onerror=self.note_folder):
             # A link may lead to a folder that was found before, or back to one that it is in.
-            identity = folder_identity(folder)
-            if is_link and identity in self.entered:
+            status = os.stat(folder)
+            identity = (status.st_dev, status.st_ino)
+            if link and identity in self.entered:
                 subfolders.clear()
                 continue
             self.entered.add(identity)
@@ -53,18 +54,13 @@ class Search:
             # os.walk goes on with the subfolders that are left in this list, links excepted.
             subfolders[:] = sorted(name for name in subfolders if self.enters(name))
             paths = [Path(folder, name) for name in subfolders]
-            self.links += [(prefix, root, path) for path in paths if os.path.islink(path)]
+            self.links += [(root, path) for path in paths if os.path.islink(path)]
 
             # A group is what lies in one subfolder of the root, or a lone file beside those.
             for name in sorted(names):
                 path = Path(folder, name)
                 if self.takes(path):
                     self.add(prefix + path.relative_to(root).parts[0], path)
-
-    def follow_links(self):
-        """Walk the links last, so that a real folder wins over links to it. walk() may append to self.links."""
-        for prefix, root, path in self.links:
-            self.walk(prefix, root, path, is_link=True)
 
     def enters(self, name):
         if self.is_default and name in DEFAULT_TEXT["ignored"]:
@@ -104,11 +100,6 @@ class Search:
         self.states[path] = file_state(status)
 
 
-def folder_identity(path):
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
 def file_state(status):
     """Size in bytes and time of change in nanoseconds: one of them changes when the file does."""
     return status.st_size, status.st_mtime_ns
@@ -121,10 +112,13 @@ def search_paths(paths):
         if not os.path.exists(root):
             raise SystemExit(f"--text {printable(root)}: no such file or folder")
         if os.path.isdir(root):
-            search.walk("", root, root)
+            search.walk("", root)
         else:
             search.add(root.name, root)
-    search.follow_links()
+
+    # links last, so that a folder wins over links to it; walk() may append to them
+    for root, path in search.links:
+        search.walk("", root, path)
 
     # What was left out may be all that there is.
     if not search.groups:
@@ -139,9 +133,9 @@ def search_default():
     search = Search(is_default=True)
     for package in DEFAULT_TEXT["packages"]:
         root = Path(importlib.util.find_spec(package).origin).parent
-        search.walk(f"{package}/", root, root)
+        search.walk(f"{package}/", root)
     root = Path(sysconfig.get_path("stdlib"))
-    search.walk("", root, root)
+    search.walk("", root)
     return search
 
 

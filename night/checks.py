@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from harness import common
-from harness.common import COMPILER, find_home, first_line, git, resolve
+from harness.common import COMPILER, call_git, find_home, first_line, git, resolve
 from night.record import find_place
 
 LOCK_SECONDS = 5  # for another process that looks at the same moment
@@ -161,26 +161,18 @@ def first_commit(tag, words):
     before = git("symbolic-ref", "-q", "HEAD").output
     commit = git("rev-parse", "HEAD").output
     branch = f"autoresearch/{tag}"
-    worked, complaint = False, "interrupted"
     try:
-        worked, complaint = make_branch(branch, f"{branch}: start\n\n{words}")
-    finally:
-        if not worked:
-            take_back(branch, before, commit)
-    if not worked:
+        call_git("checkout", "-q", "-b", branch)
+        call_git("commit", "-q", "--allow-empty", "-m", f"{branch}: start\n\n{words}")
+        try_commit()
+    except SystemExit as refusal:
+        take_back(branch, before, commit)
         signing, hooks = "git config commit.gpgsign false", "git config core.hooksPath /dev/null"
         ways_out = f"to do without signing: {signing}; without hooks: {hooks}"
-        raise SystemExit(f"git refuses to commit ({complaint}); {ways_out}")
-
-
-def make_branch(branch, message):
-    """Whether it worked, and why not."""
-    worked, _, complaint = git("checkout", "-q", "-b", branch)
-    if worked:
-        worked, _, complaint = git("commit", "-q", "--allow-empty", "-m", message)
-    if worked:
-        worked, complaint = try_commit()
-    return worked, complaint
+        raise SystemExit(f"git refuses to commit ({refusal}); {ways_out}") from None
+    except BaseException:  # Ctrl-C, say
+        take_back(branch, before, commit)
+        raise
 
 
 def take_back(branch, before, commit):
@@ -193,13 +185,12 @@ def take_back(branch, before, commit):
 
 
 def try_commit():
-    """Commit an edit of train.py, as the agent will, and take it back: (whether it worked, why not)."""
+    """Commit an edit of train.py, as the agent will, and take it back. Raises SystemExit if git refuses."""
     path = common.ROOT / "train.py"
     content, commit = path.read_bytes(), git("rev-parse", "HEAD").output
     try:
         path.write_bytes(content + b"\n# a trial\n")
-        answer = git("commit", "-q", "-m", "a trial; expect +0.000", "--", "train.py")
+        call_git("commit", "-q", "-m", "a trial; expect +0.000", "--", "train.py")
     finally:
         path.write_bytes(content)
         git("reset", "-q", commit)
-    return answer.worked, answer.complaint

@@ -73,7 +73,7 @@ def recording(tag):
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / "record.lock", timeout=LOCK_SECONDS):
         if not path.exists():
-            append(place, Night(), first)
+            append_lines(path, [first])
         yield read_night(tag)
 
 
@@ -149,12 +149,11 @@ def start_of(tag):
     subject = f"{PREFIX}{tag}: start"
     output = git("log", "--format=%H%n%B", "-1", "--fixed-strings", f"--grep={subject}", "HEAD").output
     commit, _, message = output.partition("\n")
-    try:
+    first = None
+    with contextlib.suppress(ValueError, TypeError):
         # a hook may have added lines below
         words, _ = json.JSONDecoder().raw_decode(message.removeprefix(subject).lstrip())
         first = words | {"commit": commit}
-    except (ValueError, TypeError):
-        first = None
     if not is_start(first):
         raise NoNight(f"the branch {PREFIX}{tag} was not begun by `uv run ledger.py start`: begin a night with that")
     return first
@@ -184,9 +183,8 @@ def look_at(folder, start):
     changed = call_git("status", "--porcelain", "--", "train.py", folder=folder) != ""
 
     # a run has the harness of its commit, so that has to be the night's
-    names = call_git("diff", "--name-only", start, "HEAD", "--", "*.py", folder=folder)
-    others = tuple(name for name in names.split("\n") if name not in ("", "train.py"))
-    return Checkout(tuple(line.split()), changed, others)
+    others = call_git("diff", "--name-only", start, "HEAD", "--", "*.py", ":!train.py", folder=folder)
+    return Checkout(tuple(line.split()), changed, tuple(others.splitlines()))
 
 
 def read_run(place):

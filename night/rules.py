@@ -104,11 +104,10 @@ def final_gain(night):
 
 def due_decisions(night):
     """What the rule decides of the commits that are undecided: [Decision]."""
-    undecided = [attempt for attempt in night.tries.values() if attempt.verdict in ("", "simpler")]
     candidates = {*night.line, *commits_of_wave(night)}
     found = []
-    for attempt in undecided:
-        if attempt.commit == night.start:
+    for attempt in night.tries.values():
+        if attempt.commit == night.start or attempt.verdict not in ("", "simpler"):
             continue
         decision = judge(attempt, night)
         if attempt.commit not in candidates and not attempt.verdict:

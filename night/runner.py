@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from harness import common
 from harness.common import DEVICE_TAKEN, call_git, find_home, now, write_atomically
+from harness.journal import refuse_unwritable
 from night.record import read_run
 
 KEEPER_SECONDS = 20 * 60  # beside the budget: the harness ends a run that hangs before that
@@ -50,16 +51,17 @@ def is_running(place):
     return False
 
 
-def begin(place, night, training, budget):
+def begin(place, night, training):
     """Start the keeper of a training, and return its process. The caller holds the lock of the record."""
     commit = training.commit
+    state = new_state(night, place, training)  # raises SystemExit where the benchmark is not
+    refuse_unwritable(find_home() / night.benchmark)
 
     # the lock is held before anything says that a run goes on
     store(commit)
     lock = open(place / "run.lock", "a")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)
     write_files(place / "run", commit)
-    state = new_state(night, place, training, budget)
     state |= {"log": str(common.ROOT / "run.log"), "python": sys.executable}
     write_atomically(place / "run.json", json.dumps(state))
     (common.ROOT / "run.log").write_text("")
@@ -78,7 +80,19 @@ def store(commit):
     call_git("update-ref", f"refs/tries/{commit[:7]}", commit)
 
 
-def new_state(night, place, training, budget):
+def load_budget(night):
+    """The seconds of a run. Raises SystemExit where the night's benchmark is not."""
+    path = find_home() / night.benchmark / "benchmark.json"
+    try:
+        return json.loads(path.read_text())["settings"]["time_budget"]
+    except (OSError, ValueError, KeyError):
+        raise SystemExit(
+            f"the benchmark of this night, {night.benchmark}, is not in {find_home()}: set AUTORESEARCH_HOME to where "
+            "it was prepared, or prepare it again as it was"
+        ) from None
+
+
+def new_state(night, place, training):
     """What is known of a run before it begins."""
     return {
         "run": f"{training.commit[:7]}-{training.seed}-{secrets.token_hex(4)}",
@@ -86,7 +100,7 @@ def new_state(night, place, training, budget):
         "seed": training.seed,
         "role": training.role,
         "benchmark": night.benchmark,
-        "limit": budget + KEEPER_SECONDS,
+        "limit": load_budget(night) + KEEPER_SECONDS,
         "time": now(),
         "host": platform.node(),
         "folder": str(place),
@@ -190,12 +204,10 @@ def kill_group(process, number):
 
 
 def read_log(path):
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - LOG_BYTES))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - LOG_BYTES))
+        return file.read().decode(errors="replace")
+    return ""
 
 
 def last_line(log):

@@ -84,6 +84,7 @@ def for_the_human(night):
 
     # an interrupted run says nothing yet: it runs again
     baseline = [run for run in recent if run.role == "baseline" and run.state != "interrupted"]
+    scores = scores_of(night.attempt(night.start))
     mended = "mend it, then say when the night ends: uv run ledger.py until <when>"
     if len(recent) >= 2 and all(run.state == "elsewhere" for run in recent[-2:]):
         found = f"the last two runs were on {recent[-1].device}, but this night is on {night.device}"
@@ -94,15 +95,11 @@ def for_the_human(night):
     elif night.out and not night.on_cluster:
         mended = f"export RAY_API_SERVER_ADDRESS, or give them up: remove .git/autoresearch/{night.tag}/jobs"
         found = f"jobs are out, {len(night.out)} of them, but no cluster is named (RAY_API_SERVER_ADDRESS)"
-    elif too_few_scores(night):
+    elif len(scores) < LEAST_SCORES and not needed(night.start, night):
         found = f"the baseline has fewer than {LEAST_SCORES} scores"
     else:
         return None
     return Step("tell", f"# tell the human: {found}", mended)
-
-
-def too_few_scores(night):
-    return not needed(night.start, night) and len(scores_of(night.attempt(night.start))) < LEAST_SCORES
 
 
 def in_baseline(night):
@@ -225,29 +222,22 @@ def with_the_last_keep(night):
         return Step("idea", "# a new idea is in train.py: finish it", when_done)
 
     # now and then another kind of idea is due
-    if night.last_keep != night.start and ideas_since(night, is_pruning) >= PRUNING_IDEAS:
+    prunings = {commit for commit, attempt in night.tries.items() if attempt.description.startswith("prun")}
+    if night.last_keep != night.start and ideas_since(night, prunings) >= PRUNING_IDEAS:
         reason = "pruning is due: remove one change that was kept, with a message that begins with `prune`; if the "
         reason += "score stays about as good: uv run ledger.py keep"
         return Step("idea", command, reason)
-    lost = ideas_since(night, is_keep)
+    lost = ideas_since(night, night.kept)
     if lost >= STUCK_IDEAS:
         return Step("idea", command, f"{lost} ideas in a row were not kept: change the structure, not a number")
     return Step("idea", command, when_done)
 
 
-def ideas_since(night, is_last):
-    """How many ideas were decided after the last one whose Try `is_last`."""
+def ideas_since(night, commits):
+    """How many ideas were decided after the last of these commits was."""
     count = 0
     for commit in night.decided:
         count += 1
-        if is_last(night.attempt(commit)):
+        if commit in commits:
             count = 0
     return count
-
-
-def is_pruning(attempt):
-    return attempt.description.startswith("prun")
-
-
-def is_keep(attempt):
-    return attempt.verdict == "keep"

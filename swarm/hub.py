@@ -165,7 +165,7 @@ def adopt(name):
     commit = resolve(f"{name}^{{commit}}")
     others = read_agents()
     agent = next((agent for agent, other in others.items() if other.attempt(commit).runs), None)
-    if not commit or not agent:
+    if not agent:
         raise SystemExit(f"{name} names no run here, or several: uv run swarm/hub.py exchange, or use more digits")
     if not git("ls-tree", commit, "--", "train.py").output.startswith("100"):  # 100xxx: a regular file
         raise SystemExit(f"the train.py of {name} is not a file")
@@ -198,19 +198,19 @@ def adopt(name):
 
 def parse_arguments(arguments=None):
     name = matching(NAME, "take letters, digits, - and _")
-    parser = OneLineParser(description="Results that agents share: see swarm/program.md.", allow_abbrev=False)
+    parser = OneLineParser(description="Results that agents share: see swarm/program.md.")
     commands = parser.add_subparsers(dest="command", metavar="join | exchange | look | say | adopt")
-    begin = commands.add_parser("join", allow_abbrev=False, help="share a night with the agents of a hub")
+    begin = commands.add_parser("join", help="share a night with the agents of a hub")
     begin.add_argument("url", type=matching("[^-].*", "must be a url or a folder"), help="of a git repository")
     begin.add_argument("--tag", type=name, required=True, help="what all its agents call the night")
     begin.add_argument("--agent", type=name, required=True, help="a name that no other agent of the hub has")
     begin.add_argument("--until", help="when a new night ends, as for ledger.py start")
-    commands.add_parser("exchange", allow_abbrev=False, help="send new runs, fetch those of others")
-    words = commands.add_parser("look", allow_abbrev=False, help="the last runs and messages")
+    commands.add_parser("exchange", help="send new runs, fetch those of others")
+    words = commands.add_parser("look", help="the last runs and messages")
     words.add_argument("word", nargs="*", help="what they contain: any text, or a hash")
-    plan = commands.add_parser("say", allow_abbrev=False, help="tell the others what you try next")
+    plan = commands.add_parser("say", help="tell the others what you try next")
     plan.add_argument("message", type=matching(r"\S.{0,499}", "must be one line of at most 500 characters"))
-    idea = commands.add_parser("adopt", allow_abbrev=False, help="make another's train.py the next experiment")
+    idea = commands.add_parser("adopt", help="make another's train.py the next experiment")
     idea.add_argument("hash", type=matching(HASH, "must be 7 digits or more of a commit, 0-9 and a-f"))
     return parser.parse_args(arguments)
 

@@ -72,10 +72,7 @@ def receive():
     if not git("remote", "get-url", "hub").worked:
         raise SystemExit("no hub here: uv run swarm/hub.py join <url> --tag <tag> --agent <agent> --until <when>")
     fetch = ("fetch", "-q", "--prune", "--no-tags", "--no-recurse-submodules", "hub", *FETCHED)
-    answer = git(*fetch, seconds=NETWORK_SECONDS)
-    if not answer.worked:
-        return answer.complaint
-    return ""
+    return git(*fetch, seconds=NETWORK_SECONDS).complaint
 
 
 def send(night, top=None):
@@ -99,9 +96,7 @@ def send(night, top=None):
     # the last keep, not HEAD: a push after a reset would have to be forced, which not every hub allows
     refs = (f"{own}:{top}/results/{tag}", f"{night.last_keep}:{branch}", *tries)
     answer = git("push", "-q", "--atomic", "hub", *refs, seconds=NETWORK_SECONDS)
-    if not answer.worked:
-        return reason or answer.complaint
-    return reason
+    return reason or answer.complaint
 
 
 # --------------------------------------
@@ -113,14 +108,13 @@ def join(url, tag, until):
     known = git("config", "remote.hub.url").output
     if known and known != url:
         raise SystemExit(f"the hub of this clone is {known}: join another from a clone of its own")
-    if known:
-        enter(tag, until, is_known=True)
-        return
-    git("remote", "add", "hub", url)
+    if not known:
+        git("remote", "add", "hub", url)
     try:
-        enter(tag, until, is_known=False)
+        enter(tag, until, is_known=bool(known))
     except BaseException:
-        git("remote", "remove", "hub")  # a url with a typo does not stay
+        if not known:
+            git("remote", "remove", "hub")  # a url with a typo does not stay
         raise
 
 
@@ -176,8 +170,7 @@ def refuse_other_files(branch):
     theirs = f"refs/remotes/hub/{branch}"
     if not resolve(theirs):
         raise SystemExit(f"the hub has results of {branch}, but not the branch: take another name")
-    names = call_git("diff", "--name-only", "HEAD", theirs).split("\n")
-    others = [name for name in names if name not in ("", "train.py")]
+    others = call_git("diff", "--name-only", "HEAD", theirs, "--", ":!train.py").splitlines()
     if others:
         raise SystemExit(
             f"{branch} on the hub differs from this clone in {others[0]}, and not in train.py alone; if it is yours: "

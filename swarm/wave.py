@@ -84,8 +84,7 @@ def clean():
             continue
 
         # no branch has its commit, and it may never have run
-        head = checkout.line[-1]
-        runner.store(head)
+        runner.store(checkout.line[-1])
         if checkout.changed or not git("worktree", "remove", str(find_folder(name))).worked:
             print(f"wave/{name} stays: it has changes")
     ledger.print_next(night)
@@ -121,11 +120,10 @@ def run(wait, slot):
 
     # what is new; another process may have recorded it
     night, _, journal, problems = ledger.refresh()
-    for ended in night.runs.values():
+    for ended in [run for run in night.runs.values() if run.run not in before]:
         log = log_path(place, ended.run)
-        if ended.run not in before:
-            ledger.print_run(ended, night, journal, runner.read_log(log))
-        if ended.run not in before and ended.state == "crash":
+        ledger.print_run(ended, night, journal, runner.read_log(log))
+        if ended.state == "crash":
             print(f"log: {log}")
     print_out(client, night)
     ledger.print_problems(problems + problems_of_worktrees(night))
@@ -166,14 +164,12 @@ def submit(client, slot):
     # the branch goes with the keeps; where HEAD is an idea, `next:` says so
     if night.head in night.kept[:-1] and not night.changed:
         git("reset", "-q", "--keep", night.last_keep)
-    budget = ledger.load_budget(night)
     with recording(night.tag) as (night, place):
         if next_step(night).kind != "tell":
             for training in needed_on_cluster(night):
-                state = runner.new_state(night, place, training, budget)
+                state = runner.new_state(night, place, training)
                 name = f"{night.tag.replace('/', '-')}-{short(training.commit)}-{training.seed}"
                 state |= {"training": name, "job": f"{name}-{state['run'][-8:]}"}
-                state["log"] = str(log_path(place, state["run"]))
                 (place / "jobs").mkdir(exist_ok=True)
                 write_atomically(place / "jobs" / f"{state['run']}.json", json.dumps(state))
                 night.out.append(state)
@@ -263,19 +259,19 @@ def read_end(client, job, path):
 def parse_arguments(arguments=None):
     name = matching(NAME, "take letters, digits, - and _")
     count = matching("[1-9][0-9]{0,8}", "must be a number from 1")
-    parser = OneLineParser(description="Many experiments at once: see swarm/program.md.", allow_abbrev=False)
+    parser = OneLineParser(description="Many experiments at once: see swarm/program.md.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="new | commit | run | clean")
-    worktree = commands.add_parser("new", allow_abbrev=False, help="a worktree on the last keep")
+    worktree = commands.add_parser("new", help="a worktree on the last keep")
     worktree.add_argument("name", type=name, help="of the idea: letters, digits, - and _")
-    idea = commands.add_parser("commit", allow_abbrev=False, help="commit the train.py of a worktree")
+    idea = commands.add_parser("commit", help="commit the train.py of a worktree")
     idea.add_argument("name", type=name)
     idea.add_argument("message", help="such as 'a deeper model; expect +0.002'")
-    running = commands.add_parser("run", allow_abbrev=False, help="train all that is needed, wait for a result")
+    running = commands.add_parser("run", help="train all that is needed, wait for a result")
     running.add_argument("--wait", type=count, default=WAIT_SECONDS, metavar="SECONDS", help="default 540")
     size = running.add_mutually_exclusive_group()
     size.add_argument("--gpus", type=count, metavar="N", help="of each training; default 1, where the cluster has any")
     size.add_argument("--cpus", type=count, metavar="N", help="of each training; default all of the smallest node")
-    commands.add_parser("clean", allow_abbrev=False, help="remove the worktrees that are done")
+    commands.add_parser("clean", help="remove the worktrees that are done")
     return parser.parse_args(arguments)
 
 

@@ -161,7 +161,10 @@ PROBLEMS = {  # what is wrong (a command, or a variable), and the fix
     "a benchmark that is gone": ("rm -r ../home/local", "uv run prepare.py"),
     "a home that is a file": ("rm -r ../home; touch ../home", "set AUTORESEARCH_HOME to a folder on a local disk"),
     "a hook that refuses": (hook("pre-commit", "exit 1"), "git config core.hooksPath /dev/null"),
-    "a hook of edits": (hook("pre-commit", "git diff --cached --quiet || { echo no; exit 1; }"), "(no); to do without"),
+    "a hook of edits": (
+        hook("pre-commit", "git diff --cached --quiet || { echo no; exit 1; }"),
+        "commit: no); to do without",
+    ),
     "the same, detached": ("git checkout -q --detach;" + hook("pre-commit", "exit 1"), "core.hooksPath"),
     "a hook that hangs": (hook("commit-msg", "sleep 60"), "no answer for 2 s"),
     "a hook of checkout": (hook("post-checkout", "exit 1"), "core.hooksPath"),

@@ -67,7 +67,6 @@ class Session:
     """Runs of at most `minutes` altogether, whose results are kept in a file."""
 
     def __init__(self, out, minutes, environment):
-        self.out = out
         self.end = time.monotonic() + 60 * minutes
         self.environment = environment
         self.overhead = OVERHEAD
@@ -77,21 +76,19 @@ class Session:
         if self.path.exists():
             self.results = [json.loads(line) for line in self.path.read_text().splitlines()]
 
-    def prepare(self, shape, seconds):
+    def prepare(self, seconds):
         """The benchmark of this length, which is then the current one."""
-        command = [sys.executable, "prepare.py", *shape, "--time-budget", str(seconds)]
+        command = [sys.executable, "prepare.py", *SHAPE, "--time-budget", str(seconds)]
         subprocess.run(command, cwd=ROOT, env=self.environment, check=True, stdout=subprocess.DEVNULL)
 
     def run(self, name, seed, seconds, kind="variant"):
-        """One run, unless it was done before or does not fit any more. Returns its result, or None."""
+        """One run, unless it was done before or does not fit any more."""
         key = dict(kind=kind, name=name, seed=seed, seconds=seconds, source=sha256(path_of(name))[:8])
 
-        # done in an earlier call?
-        for result in self.results:
-            if key.items() <= result.items() and "error" not in result:
-                return result
-        if time.monotonic() + seconds + self.overhead > self.end:
-            return None
+        # done in an earlier call, or too late?
+        is_done = any(key.items() <= result.items() and "error" not in result for result in self.results)
+        if is_done or time.monotonic() + seconds + self.overhead > self.end:
+            return
 
         # in a process of its own, so that no run finds the memory or compiled code of another; none outlasts the call
         started = time.monotonic()
@@ -115,7 +112,6 @@ class Session:
         with open(self.path, "a") as file:
             file.write(json.dumps(result) + "\n")
         print_result(result)
-        return result
 
 
 def print_result(result):
@@ -170,10 +166,10 @@ def main():
 
         # The first run compiles everything (cold); the second finds the compiled code in the cache (warm)
         short = min(SMOKE_SECONDS, options.seconds)
-        session.prepare(SHAPE, short)
+        session.prepare(short)
         for kind in ("cold", "warm"):
             session.run("train.py", 1, short, kind)
-        session.prepare(SHAPE, options.seconds)
+        session.prepare(options.seconds)
 
         # in turns, so that a machine that slows down slows all of them
         for seed in range(1, options.seeds + 1):
