@@ -54,23 +54,17 @@ def build_edited(module, benchmark, dtype=torch.float32, compiled=False):
     return module.build_model(benchmark, runtime.Setup(CPU, dtype, module.banded, compiled))
 
 
-def ids(benchmark, rows=4):
-    return torch.from_numpy(benchmark.rows("val")[:rows, :-1].astype("int64"))
-
-
 # --------------------------------------
 # Code in the place of ours
 
 SWIGLU = """
-class Gated(MLP):
+class MLP(MLP):
     def __init__(self):
         super().__init__()
         self.gate = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
-
-MLP = Gated
 """
 EXPERTS = """
 class MLP(nn.Module):
@@ -86,15 +80,13 @@ class MLP(nn.Module):
         return torch.einsum("bteh,ehd,bte->btd", hidden, self.down.to(x.dtype), shares)
 """
 TIED = """
-class Tied(GPT):
+class GPT(GPT):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.head.lm_head.weight = self.embed.wte.weight
-
-GPT = Tied
 """
 GROWN = """
-class Grown(GPT):
+class GPT(GPT):
     def __init__(self, vocab_size, *rest):
         super().__init__(vocab_size, *rest)
         self.gain = nn.Parameter(torch.ones(()))
@@ -109,8 +101,6 @@ class Grown(GPT):
     def grow(self, x, inputs):
         x = self.mix(self.frozen(x) + self.other(inputs))
         return self.gain * self.gains[0] * self.gains[1] * self.conv(F.pad(x.mT, (2, 0))).mT
-
-GPT = Grown
 """
 MEAN = "    mean = torch.optim.swa_utils.AveragedModel(model)"
 AVERAGE = [
@@ -228,7 +218,7 @@ def test_a_float32_factor_leaves_products_of_matrices_in_bfloat16(benchmark):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda module, inputs, output: products.add(output.dtype))
-    assert model(ids(benchmark)).isfinite().all()
+    assert model(torch.arange(256).view(4, 64)).isfinite().all()
     assert products == {torch.bfloat16} and streams == {torch.float32}
 
 
@@ -239,10 +229,7 @@ SHORT = """        short = progress < 0.5
         batches = [next(loader) for _ in range(1 if short else accumulation)]
         if short:
             batches = [(inputs.view(-1, 32), targets.view(-1, 32), epoch) for inputs, targets, epoch in batches]"""
-RAMP = [
-    (r"^        batches = \[next\(loader\).*$", SHORT),
-    (r"\[\(rows, T\)\]", "[(rows, T), (2 * rows, T // 2)]"),
-]
+RAMP = [(r"^        batches = \[next\(loader\).*$", SHORT), (r"\[\(rows, T\)\]", "[(rows, T), (2 * rows, T // 2)]")]
 
 
 def test_a_ramp_compiles_before_the_clock_starts_and_is_counted_as_it_is(benchmark, monkeypatch, eager_backend):

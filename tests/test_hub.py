@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -31,8 +30,8 @@ def hub(tmp_path, environment, monkeypatch):
     (tmp_path / "gitconfig").write_text((tmp_path / "gitconfig").read_text() + "[color]\ndiff = always\n")
     main = new_repository(tmp_path / "main", environment)
     ask_no_torch(main, CPU)
-    subprocess.run(["git", "commit", "-qam", "torch is not asked"], cwd=main, env=environment, check=True)
-    subprocess.run(["git", "clone", "-q", "--bare", main, tmp_path / "hub.git"], check=True)
+    Agent(main, environment).git("commit", "-qam", "torch is not asked")
+    Agent(main, environment).git("clone", "-q", "--bare", ".", "../hub.git")
     return Agent(tmp_path / "hub.git", environment)
 
 
@@ -93,9 +92,11 @@ class Member(Agent):
         return re.findall(r"^  (\S+), runs (\d+), (\w{7}), (\S+): ", self.hub(*command), re.M)
 
 
-def join(hub, name, device=CPU):
+def join(hub, name, *scores, device=CPU):
+    """A new agent, whose baseline has these scores."""
     agent = Member(hub, name, device)
     agent.join()
+    agent.add("keep", "baseline", *scores)
     return agent
 
 
@@ -119,7 +120,7 @@ def add_hook(repository, name, script):
 
 def test_three_agents_share_a_hub(hub):
     """Rows sent at once: none is lost or doubled, every commit can be fetched, devices keep apart, baselines don't."""
-    agents = [join(hub, "ada"), join(hub, "bob"), join(hub, "eve", GPU)]
+    agents = [join(hub, "ada"), join(hub, "bob"), join(hub, "eve", device=GPU)]
 
     def work(agent, level):
         agent.add("keep", "baseline", level, level + 0.001, level - 0.002)
@@ -177,8 +178,7 @@ def test_a_night_comes_back_from_nothing(hub, top):
     """With its crashes, hand decisions, messages and end; also from a hub that takes branches only."""
     if top == "refs/heads":
         add_hook(hub.folder, "pre-receive", HEADS_ONLY)
-    ada = join(hub, "ada")
-    ada.add("keep", "baseline", 1.0, 1.1)
+    ada = join(hub, "ada", 1.0, 1.1)
     kept = ada.idea("deeper; expect +0.1", "keep", 0.9)
     lost = ada.idea("a typo", "crash", 0)
     ada.ledger("until", "40")
@@ -210,16 +210,14 @@ def test_a_night_comes_back_from_nothing(hub, top):
     assert [line["description"] for line in published(hub, "test/ada", top)] == ideas
 
     # and others find all of it
-    bob = join(hub, "bob")
-    bob.add("keep", "baseline", 1.0, 1.001, 0.999)
+    bob = join(hub, "bob", 1.0, 1.001, 0.999)
     assert bob.frontier("exchange")[0] == ("0.900000", "1", kept, "test/ada")
     assert bob.git("log", "-1", "--format=%s", lost) == "a typo"
 
 
 def test_join_that_was_killed_is_said_again(hub, tmp_path):
     """Between any two of its steps: the record comes before the branch."""
-    ada = join(hub, "ada")
-    ada.add("keep", "baseline", 1.0)
+    ada = join(hub, "ada", 1.0)
     ada.hub("exchange")
     record = ada.record.read_text()
     real = "real = share.call_git; "
@@ -237,8 +235,7 @@ def test_join_that_was_killed_is_said_again(hub, tmp_path):
 
 
 def test_a_name_that_somebody_took_brings_no_code(hub):
-    ada = join(hub, "ada")
-    ada.add("keep", "baseline", 1.0)
+    ada = join(hub, "ada", 1.0)
     ada.edit((r"\Z", "# not yours\n"), file="prepare.py")
     ada.git("commit", "-qam", "a harness of another's")
     ada.record.write_text(ada.record.read_text().replace(ada.git("rev-parse", "HEAD^"), ada.git("rev-parse", "HEAD")))
@@ -264,8 +261,7 @@ def test_one_bad_ref_on_the_hub_stops_nobody_from_sending(hub):
 def test_a_hub_that_takes_no_branch_back(hub):
     """As `git init --bare --shared` makes them: an exchange on an idea, and one after the reset."""
     hub.git("config", "receive.denyNonFastForwards", "true")
-    ada = join(hub, "ada")
-    ada.add("keep", "baseline", 1.0)
+    ada = join(hub, "ada", 1.0)
     ada.edit((r"\Z", "# an idea\n"))
     ada.git("commit", "-qam", "an idea")
     ada.add("discard", "an idea", 1.1)
@@ -278,8 +274,7 @@ def test_a_hub_that_takes_no_branch_back(hub):
 
 def test_two_clones_with_one_name(hub):
     """The second one finds the night of the first; when both go on, nobody's results are overwritten."""
-    first = join(hub, "ada")
-    first.add("keep", "baseline", 1.0)
+    first = join(hub, "ada", 1.0)
     first.hub("exchange")
     second = Member(hub, "ada2")
     second.joining, second.name = first.joining, first.name
@@ -289,9 +284,8 @@ def test_two_clones_with_one_name(hub):
     for agent in (first, second):
         agent.idea(f"of {agent.folder.name}", "discard", 1.1)
     first.hub("exchange")
-    assert "another clone has sent results as test/ada: join from here under another name" in second.hub(
-        "exchange", code=1
-    )
+    said = second.hub("exchange", code=1)
+    assert "another clone has sent results as test/ada: join from here under another name" in said
     assert [line["description"] for line in published(hub, "test/ada")] == ["baseline", "of ada"]
 
 
@@ -311,8 +305,7 @@ def test_two_agents_in_worktrees_of_one_repository(hub):
 
 
 def test_without_network_nothing_is_lost(hub, tmp_path):
-    ada = join(hub, "ada")
-    ada.add("keep", "baseline", 1.0)
+    ada = join(hub, "ada", 1.0)
     ada.hub("exchange")
     hub.folder.rename(tmp_path / "away")
     commit = ada.idea("deeper", "keep", 0.9)
@@ -349,9 +342,7 @@ def test_what_is_proposed_can_be_adopted(hub):
 @pytest.fixture
 def two(hub):
     """Ada, who has shared a good idea, and Bob, who has seen it: both agents and the hash."""
-    ada, bob = join(hub, "ada"), join(hub, "bob")
-    for agent in (ada, bob):
-        agent.add("keep", "baseline", 1.0, 1.001, 0.999)
+    ada, bob = (join(hub, name, 1.0, 1.001, 0.999) for name in ("ada", "bob"))
     good = ada.idea("deeper; expect +0.1", "keep", 0.8, 0.801)
     ada.hub("exchange")
     output = bob.hub("exchange")
@@ -431,11 +422,9 @@ def test_a_shallow_clone_is_told_how_to_join(hub):
     shutil.rmtree(ada.folder)
     hub.git("config", "receive.shallowUpdate", "false")
     main = hub.folder.parent / "main"
-    subprocess.run(
-        ["git", "clone", "-q", "--depth", "1", f"file://{main}", ada.folder], check=True, env=ada.environment
-    )
+    hub.git("clone", "-q", "--depth", "1", f"file://{main}", str(ada.folder))
     bare = hub.folder.parent / "empty.git"
-    subprocess.run(["git", "init", "-q", "--bare", bare], check=True, env=ada.environment)
+    hub.git("init", "-q", "--bare", str(bare))
     ada.joining[1] = str(bare)
     assert "this clone is shallow: git fetch --unshallow, and join again" in ada.join()
     ada.git("fetch", "-q", "--unshallow")
@@ -520,8 +509,7 @@ def test_only_runs_and_messages_are_read():
 
 def test_records_in_any_state_harm_nobody(hub):
     """Bytes, line ends and surrogates in the records of others: what is right beside them is still read."""
-    ada = join(hub, "ada")
-    ada.add("keep", "baseline", 1.0)
+    ada = join(hub, "ada", 1.0)
     ada.hub("exchange")
     strange = json.dumps(MESSAGE | {"message": "x\u2028y\ud800\x1b[2J\nz"})
     raw = json.dumps(MESSAGE | {"message": "raw\u2028 in"}, ensure_ascii=False)
@@ -537,12 +525,9 @@ def test_records_in_any_state_harm_nobody(hub):
     hub.git("update-ref", "refs/results/too/many/names", "main")
     ada.hub("say", "mine")
     ada.idea("deeper", "keep", 0.9)
+    expected = [("0.250500", "2", "test/eve"), ("0.900000", "1", "test/ada"), ("1.000000", "1", "test/ada")]
     output = ada.hub("exchange")
-    assert re.findall(r"^  (\S+), runs (\d+), \w{7}, (\S+):", output, re.M) == [
-        ("0.250500", "2", "test/eve"),
-        ("0.900000", "1", "test/ada"),
-        ("1.000000", "1", "test/ada"),
-    ]
+    assert re.findall(r"^  (\S+), runs (\d+), \w{7}, (\S+):", output, re.M) == expected
     assert re.search(r"^\d+ lines in the records of others cannot be read, and do not count$", output, re.M)
     assert ada.hub("look", "2J").splitlines() == ["2026-11-28 01:02 test/eve says: x y??[2J z"]
     assert "test/eve 0.500000 keep, eeeeeee on ddddddd, cpu x86_64 x2: in another's name" in ada.hub("look", "another")

@@ -203,6 +203,7 @@ def test_start_refuses_and_leaves_all_as_it_was(name, clone, monkeypatch):
     assert look() == before
 
 
+WITH_A_REASON = 'prefix_rule(pattern = ["git", "reset"], decision = "forbidden", justification = "a" + "b")'
 CLIENTS = {  # file of the user's, what it has, and what would be refused
     "deny": ("user", {"deny": ["Bash(git reset *)"]}, "git reset -q --keep HEAD"),
     "ask": ("user", {"ask": ["Bash(git commit:*)"]}, "git commit -q -m 'an idea' -- train.py"),
@@ -215,11 +216,7 @@ CLIENTS = {  # file of the user's, what it has, and what would be refused
     "no JSON": ("user", None, "can't be read, so Claude Code may refuse anything"),
     "prompt": ("rules", 'prefix_rule(pattern = ["git", ["commit", "push"]], decision = "prompt")', "git commit -q -m"),
     "forbidden": ("rules", 'prefix_rule(pattern = ["uv", "run"], decision = "forbidden")', "uv run ledger.py"),
-    "with a reason": (
-        "rules",
-        'prefix_rule(pattern = ["git", "reset"], decision = "forbidden", justification = "a" + "b")',
-        "git reset -q --keep HEAD",
-    ),
+    "with a reason": ("rules", WITH_A_REASON, "git reset -q --keep HEAD"),
     "no rules": ("rules", "prefix_rule(", "can't be read, so Codex may refuse anything"),
     # of no concern
     "plan of the user": ("user", {"defaultMode": "plan"}, ""),
@@ -305,10 +302,8 @@ def test_a_lost_record_is_begun_anew_from_the_first_commit(line, clone):
 
 @pytest.mark.parametrize("line", ["main", "--detach"])
 def test_where_no_night_is_the_commands_name_those_there_are(line, clone):
-    assert clone.bash("uv run ledger.py open") == (
-        "no night on main; next: uv run ledger.py start <tag> --until <when>\n",
-        1,
-    )
+    said = "no night on main; next: uv run ledger.py start <tag> --until <when>\n"
+    assert clone.bash("uv run ledger.py open") == (said, 1)
     clone.begin("older")
     clone.git("checkout", "-q", "main")
     clone.begin()
@@ -375,9 +370,8 @@ def test_a_view_comes_back_byte_for_byte(name, night):
     content, stat = night.view.read_bytes(), night.view.stat()
     VIEWS[name](night.view)
     assert night.json()["problems"] == [] and night.view.read_bytes() == content
-    assert (night.view.stat().st_ino == stat.st_ino and night.view.stat().st_mtime_ns == stat.st_mtime_ns) == (
-        name == "whole"
-    )
+    after = night.view.stat()
+    assert ((after.st_ino, after.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)) == (name == "whole")
 
 
 @pytest.mark.parametrize("is_link", [False, True], ids=["a file", "a link"])
@@ -575,8 +569,7 @@ def test_nothing_is_run_where_no_score_can_be_recorded(night, capsys):
 def test_a_run_by_hand_is_named_and_has_no_row(night):
     lines = [{"val_bpb": 0.5, "commit": commit, "run": run} for commit, run in (("x", None), (night.start, "x"))]
     for count, line in enumerate([*lines, {"val_bpb": 0.5, "commit": night.start, "run": None}]):
-        with open(night.home / "local" / "journal.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        common.append_lines(night.home / "local" / "journal.jsonl", [line])
         assert ("1 runs of this commit by hand have no row" in night.say()) == (count == 2)
     assert len(night.rows()) == 4 and len(night.json()["runs"]) == 3
 

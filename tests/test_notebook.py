@@ -110,8 +110,9 @@ def cells(home, tmp_path, monkeypatch, capsys):
     return run
 
 
-def an_honest_night(book):
-    """Two keeps, a discard, a crash, a disturbed run, and final runs; returns the kept commits."""
+def test_an_honest_night(book, cells, tmp_path):
+    """Two keeps, a discard, a crash, a disturbed run, and final runs."""
+    (tmp_path / "run.log").write_text("COMPILE: torch.compile does not work\n---\n")
     book.baseline(losses=[5.0, 4.0, None])
     deeper = book.idea("deeper; expect -0.01", 0.99, 0.99, 0.99, losses=[5.0, 3.0, 2.0])
     book.idea("wider", 1.2, decision="discard")
@@ -125,12 +126,6 @@ def an_honest_night(book):
     book.decide(rate)
     for commit, seed, score in ((book.start, 4, 1.0), (rate, 4, 0.99), (book.start, 5, 1.01), (rate, 5, 0.98)):
         book.run(commit, "final", seed, score)
-    return deeper, rate
-
-
-def test_an_honest_night(book, cells, tmp_path):
-    (tmp_path / "run.log").write_text("COMPILE: torch.compile does not work\n---\n")
-    deeper, rate = an_honest_night(book)
     found, text = cells()
     kept = found["kept"]
     assert list(kept.index) == [book.start[:7], deeper[:7], rate[:7]]
@@ -245,10 +240,6 @@ def test_labels_do_not_collide(book, cells):
     assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 < axes.y0
 
 
-def unrecorded(book):
-    book.add(book.journal, {"commit": book.start, "val_bpb": 1.0, "run": "run-99"})
-
-
 def off_the_line(book):
     book.git("reset", "-q", "--hard", book.start)
     book.idea("beside", 0.97, 0.97, 0.97)
@@ -264,7 +255,7 @@ AUDITS = {  # what happens after an honest baseline and a keep, and what the aud
     "dirty": (lambda book: book.idea("x", 0.98, journal={"dirty": True}), "uncommitted changes"),
     "a bug": (lambda book: book.idea("x", 0.8), "a gain of 19.2% in one step"),
     "by hand": (lambda book: book.add(book.journal, {"commit": book.start, "val_bpb": 1.0}), "1 runs by hand of its"),
-    "unrecorded": (unrecorded, "1 scored runs of its commits are not in the record"),
+    "unrecorded": (lambda book: book.add(book.journal, {"commit": book.start, "val_bpb": 1.0, "run": "x"}), "1 scored"),
     "off the line": (off_the_line, "does not descend from the keep before it"),
     "edited": (lambda book: (book.folder / "results.tsv").write_text(HEADER), "results.tsv was edited"),
 }
@@ -302,8 +293,7 @@ def test_verdict(book, cells, roles, score, holdout, words):
         book.run(book.start, "final", 4, 1.0, journal={"holdout_bpb": 1.1})
         book.run(idea, "final", 4, score, journal={"holdout_bpb": 1.1 + holdout})
     found, text = cells()
-    gains = f"Validation gained {1 - score:.6f}, the holdout {-holdout:.6f}"
-    assert f"{gains}: {words}" in found["conclusion"]
+    assert f"Validation gained {1 - score:.6f}, the holdout {-holdout:.6f}: {words}" in found["conclusion"]
     assert ("within the noise floor of" in text) == (roles == "final" and score == 0.998)
 
 

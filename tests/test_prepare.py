@@ -69,10 +69,8 @@ def test_groups_stay_on_one_side(home, tmp_path, capsys):
     output = capsys.readouterr().out
     assert " tokens of 36 documents, 1 duplicates\n" in output
     assert f"skipped: files that are not UTF-8 (1), first {tmp_path}/text/latin.txt\n" in output
-    groups = []
-    for split in ("val", "holdout", "train"):
-        groups.append({number // 900 for number in story_numbers(benchmark, split)})
-    val, holdout, train = groups
+    numbers = [story_numbers(benchmark, split) for split in ("val", "holdout", "train")]
+    val, holdout, train = ({number // 900 for number in found} for found in numbers)
     assert val and holdout and not val & holdout and not (val | holdout) & train
 
 

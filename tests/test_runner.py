@@ -323,22 +323,15 @@ def test_all_killed(clone):
     clone.ledger("open")
 
 
-def test_ctrl_c_ends_a_run(held):
-    clone, process, keeper, training = held
+@pytest.mark.parametrize("first", ["", "import signal; signal.signal(2, signal.SIG_IGN)"], ids=["heard", "ignored"])
+def test_ctrl_c_ends_a_run(first, clone):
+    clone.edit(("^INTERRUPT_SECONDS = .*", "INTERRUPT_SECONDS = 0.5"), file="night/runner.py")
+    clone.idea(first, CHILD, TRAIN)
+    process, keeper, training = clone.hold()
     child = int(wait_for(lambda: (clone.home / "child").exists() and (clone.home / "child").read_text()))
     process.send_signal(signal.SIGINT)
     assert process.communicate() == ("", "") and process.returncode == 130
     assert not any(is_alive(pid) for pid in (keeper, training, child))
-    assert clone.reasons() == [("interrupted", "ended with Ctrl-C")]
-
-
-def test_ctrl_c_ends_a_training_that_ignores_it(clone):
-    clone.edit(("^INTERRUPT_SECONDS = .*", "INTERRUPT_SECONDS = 0.5"), file="night/runner.py")
-    clone.idea("import signal", "signal.signal(2, signal.SIG_IGN)", CHILD, TRAIN)
-    process, keeper, training = clone.hold()
-    wait_for((clone.home / "child").exists)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate() == ("", "") and not is_alive(keeper) and not is_alive(training)
     assert clone.reasons() == [("interrupted", "ended with Ctrl-C")]
 
 
@@ -364,16 +357,9 @@ def test_two_runs_at_once_and_what_they_leave(clone):
     assert not is_alive(int((clone.home / "child").read_text()))
 
 
-NOT_RECORDED = [
-    "import sys",
-    "print('scored, val_bpb 1.0, but not recorded: [Errno 28] No space left on device', file=sys.stderr)",
-    "sys.exit(74)",
-]
-
-
 def test_a_score_that_found_no_disk_is_run_again(clone):
     """A full disk is no fault of train.py; the third time it is a crash, so that a night does not spin."""
-    clone.idea(*NOT_RECORDED)
+    clone.idea("print('scored, val_bpb 1.0, but not recorded: [Errno 28]')", "raise SystemExit(74)")
     assert "interrupted; scored, val_bpb 1.0, but not recorded: [Errno 28]" in clone.ledger("run")
     clone.ledger("run")
     assert "crash; 3 times scored, val_bpb 1.0, but not recorded" in clone.ledger("run")

@@ -7,7 +7,6 @@ import faulthandler
 import hashlib
 import itertools
 import math
-import subprocess
 import sys
 import threading
 import types
@@ -15,7 +14,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, parquet, refused, score, stories, timed, uniform
+from conftest import TINY, Agent, parquet, refused, score, stories, timed, uniform
 
 import prepare
 from harness import common, journal, pace
@@ -32,14 +31,6 @@ class Bigram(torch.nn.Module):
 
     def forward(self, inputs):
         return self.table[inputs]
-
-
-@pytest.fixture
-def hands(monkeypatch):
-    """Sets the clock: a list of one number, the seconds that prepare.py sees."""
-    seconds = [100.0]
-    monkeypatch.setattr(prepare, "time", types.SimpleNamespace(monotonic=lambda: seconds[0]))
-    return seconds
 
 
 @pytest.fixture
@@ -92,8 +83,10 @@ def test_refused_splits_and_sizes(benchmark, split, batch_size):
 # Clock
 
 
-def test_nothing_is_free_between_start_and_score(benchmark, hands):
+def test_nothing_is_free_between_start_and_score(benchmark, monkeypatch):
     """And what was not timed, or took over a tenth more than the budget of 3 s, is not scored."""
+    hands = [100.0]
+    monkeypatch.setattr(prepare, "time", types.SimpleNamespace(monotonic=lambda: hands[0]))
 
     def refused(words):
         with pytest.raises(RuntimeError, match=words):
@@ -257,14 +250,9 @@ def test_a_benchmark_of_an_older_version_is_read(own):
     assert not (own.path / "best.pt").exists()
 
 
-def test_what_is_run_is_told_by_commit_dirt_and_hash(tmp_path, monkeypatch):
+def test_what_is_run_is_told_by_commit_dirt_and_hash(tmp_path, environment, monkeypatch):
     """Also in a folder of a larger repository."""
-
-    def git(*words):
-        command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *words]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
-
-    folder = tmp_path / "inner"
+    git, folder = Agent(tmp_path, environment).git, tmp_path / "inner"
     monkeypatch.setattr(common, "ROOT", folder)
     hashes = []
     for name, content in {"prepare.py": "", "harness/probe.py": "x", "train.py": "import threading\n"}.items():
@@ -276,7 +264,7 @@ def test_what_is_run_is_told_by_commit_dirt_and_hash(tmp_path, monkeypatch):
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "threads")
-    commit = git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD").strip()
     (folder / "untracked").write_text("")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(folder / "train.py"), raising=False)
     origin = journal.find_origin()

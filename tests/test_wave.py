@@ -49,9 +49,7 @@ def test_requests_take_no_proxy(before, after, monkeypatch):
 def test_errors_of_the_cluster(monkeypatch):
     pytest.importorskip("ray", reason="needs the dependency group `cluster`")
     monkeypatch.setenv(cluster.ADDRESS, "http://a")
-    words = (
-        "Request failed with status code 500: Traceback (most recent call last):\n  File a\nValueError: too large\n."
-    )
+    words = "status code 500: Traceback (most recent call last):\n  File a\nValueError: too large\n."
     with pytest.raises(SystemExit, match="http://a does not answer: ValueError: too large; where"), cluster.asking():
         raise RuntimeError(words)
 
@@ -206,8 +204,7 @@ def scored_job(sender, commit, seed, score):
     """A job that has ended with a score, and its line in the journal, as collect() leaves them."""
     state = job_file(sender, commit, seed, exit=0)
     line = LINE | {"run": state["run"], "commit": commit, "seed": seed, "val_bpb": score}
-    with open(sender.home / state["benchmark"] / "journal.jsonl", "a") as journal:
-        journal.write(json.dumps(line) + "\n")
+    common.append_lines(sender.home / state["benchmark"] / "journal.jsonl", [line])
 
 
 def test_jobs_are_recorded_by_any_command(sender, monkeypatch):
@@ -271,9 +268,8 @@ def test_what_is_not_decided_stays(sender):
 def test_an_idea_that_is_not_on_the_last_keep_is_named():
     night = Night(worktrees={"old": Checkout(("0" * 40, "1" * 40))})
     night.add({"kind": "decision", "commit": "2" * 40, "decision": "keep", "by": "hand"})
-    assert wave.problems_of_worktrees(night) == [
-        "wave/old is not on the last keep, or changes more than train.py: make its idea in a new worktree"
-    ]
+    words = "wave/old is not on the last keep, or changes more than train.py: make its idea in a new worktree"
+    assert wave.problems_of_worktrees(night) == [words]
 
 
 @pytest.mark.story
@@ -329,11 +325,8 @@ def test_a_wave(sender, ray):
 
     # the best is kept, and the branch goes with it
     decisions = {decision["commit"]: decision for decision in sender.night()["decisions"]}
-    assert {commit: decision["decision"] for commit, decision in decisions.items()} == {
-        slip: "discard",
-        good: "discard",
-        best: "keep",
-    }
+    decided = {commit: decision["decision"] for commit, decision in decisions.items()}
+    assert decided == {slip: "discard", good: "discard", best: "keep"}
     assert decisions[good]["reason"].endswith(f"combine with {best[:7]}")
     assert "SyntaxError" in decisions[slip]["reason"]
     assert sender.git("rev-parse", "autoresearch/night", "HEAD").split() == [best, best]
