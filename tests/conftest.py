@@ -55,13 +55,12 @@ def run(*command, cwd=ROOT, **environment):
     return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def start(*command, **options):
+def start(*command, cwd=ROOT, environment=(), **options):
     """A Python file of this repository in a process of its own, in the home of this test."""
-    environment = os.environ | {"AUTORESEARCH_HOME": str(prepare.HOME)} | options.pop("environment", {})
-    options.setdefault("cwd", ROOT)
-    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in background jobs
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *command], env=environment, **pipes, **options)
+    environment = os.environ | {"AUTORESEARCH_HOME": str(prepare.HOME)} | dict(environment)
+    options |= dict(cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored in background jobs
+    return subprocess.Popen([sys.executable, *command], env=environment, **options)
 
 
 def refused(function, *arguments):
@@ -205,11 +204,11 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         else:
             self.answer(self.files[name])
 
-    def answer(self, content, end=None, resume=True, **headers):
+    def answer(self, content, code=None, end=None, resume=True, **headers):
         first = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if resume else 0
-        if first >= len(content):
+        if first and first >= len(content):
             return self.send_error(416)
-        self.send_response(206 if first else 200)
+        self.send_response(code or (206 if first else 200))
         self.send_header("Content-Length", str(len(content) - first))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -452,9 +451,6 @@ class Ray:
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
         ports += [f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.folder / 'ray'}"]
         return self.start("--head", *ports, home=home, cpus=cpus)
-
-    def join(self, home, cpus=1):
-        return self.start(f"--address=127.0.0.1:{self.port}", home=home, cpus=cpus)
 
     def kill(self, node):
         with contextlib.suppress(ProcessLookupError):

@@ -33,12 +33,8 @@ def build(folder, card="H100"):
     subprocess.run(command, check=True)
 
     # it comes before the real libcuda, for torch and for Triton
-    return {
-        "LD_PRELOAD": str(library),
-        "LD_LIBRARY_PATH": str(folder),
-        "TRITON_LIBCUDA_PATH": str(folder),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
-    }
+    folders = dict.fromkeys(("LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH"), str(folder))
+    return folders | {"LD_PRELOAD": str(library), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
 
 
 def forgive_values():
@@ -59,12 +55,6 @@ def forgive_values():
     prepare.bits_of_rows = bits_of_rows
 
     # no comparison of kernels by their values, and no best.pt of 6 GB
-    def choose_attention(*arguments):
-        return prepare.runtime.varlen
-
-    def save_best(*arguments):
-        pass
-
-    prepare.runtime.choose_attention = choose_attention
-    prepare.journal.save_best = save_best
+    prepare.runtime.choose_attention = lambda *arguments: prepare.runtime.varlen
+    prepare.journal.save_best = lambda *arguments: None
     prepare.LATE_LIMIT = 99

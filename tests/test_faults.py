@@ -161,11 +161,6 @@ def test_prepare_while_a_training_runs(own, book):
     assert read_journal(own.path)[-1]["benchmark"] == own.id
 
 
-def test_two_devices_are_two_locks():
-    for lock in [prepare.DeviceLock(torch.device(kind)) for kind in ("cpu", "mps")]:
-        lock.release()
-
-
 @pytest.mark.long
 def test_fifty_trainings_in_a_row(own):
     """Real ones of 3 seconds: after the first, no file, process or lock is left but 49 more rows."""

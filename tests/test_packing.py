@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from harness import packing
 
 BOS = 60_000
+LENGTHS = st.lists(st.lists(st.integers(0, 40), max_size=20), max_size=15)  # of the documents of batches
 
 
 def numbered(lengths, ids):
@@ -45,12 +46,7 @@ def scan(batches, row_length, split, buffer_size):
         yield row
 
 
-@given(
-    lengths=st.lists(st.lists(st.integers(0, 40), max_size=20), max_size=15),
-    row_length=st.integers(2, 30),
-    buffer_size=st.sampled_from([1, 5, 50]),
-    split=st.booleans(),
-)
+@given(LENGTHS, st.integers(2, 30), st.sampled_from([1, 5, 50]), st.booleans())
 @settings(deadline=None, max_examples=200)
 def test_same_rows_as_a_scan(lengths, row_length, buffer_size, split):
     """And it reads as far ahead as the scan does, row by row."""

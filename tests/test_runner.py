@@ -114,25 +114,20 @@ def is_alive(pid):
     return ps("stat", pid)[:1] not in ("", "Z")
 
 
-@pytest.fixture(scope="session")
-def night_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("night") / "clone"
-
-
 @pytest.fixture
-def clone(night_folder, tmp_path, own, environment):
+def clone(tmp_path_factory, tmp_path, own, environment):
     """A copy of a night that has started and whose baseline has run, with a home of its own."""
-    home = own.path.parent
+    home, night = own.path.parent, tmp_path_factory.getbasetemp() / "night"  # one for all tests of this process
     environment |= {"AUTORESEARCH_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"CXX": sys.executable}  # some program: nothing is compiled
-    if not night_folder.exists():
-        first = Clone(new_repository(night_folder, environment), environment, home)
+    if not night.exists():
+        first = Clone(new_repository(night, environment), environment, home)
         first.idea(TRAIN)
         first.ledger("start", "test", "--until", "never")
         for _ in range(3):
             assert "scored 1.000000" in first.ledger("run")
         (own.path / "journal.jsonl").unlink()
-    clone = Clone(shutil.copytree(night_folder, tmp_path / "clone"), environment, home)
+    clone = Clone(shutil.copytree(night, tmp_path / "clone"), environment, home)
     yield clone
     (home / "hold").unlink(missing_ok=True)
     wait_for(lambda: not is_running(clone.place))

@@ -254,13 +254,7 @@ def fetch(tmp_path):
 
 
 def status(code, **headers):
-    def fault(handler, content):
-        handler.send_response(code)
-        for name, value in {"Content-Length": "0", **headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-
-    return fault
+    return lambda handler, content: handler.answer(b"", code, resume=False, **headers)
 
 
 def answer(change=bytes, **options):

@@ -293,7 +293,7 @@ def test_a_wave(sender, ray):
     sender.wave("run", "--wait", "1")
     assert len(sender.jobs()) == 5 and "jobs are out, 5 of them" in sender.ledger()
     wait_for(lambda: trainings(one))
-    node = ray.join("two", cpus=2)
+    node = ray.start(f"--address=127.0.0.1:{ray.port}", home="two", cpus=2)
     lost = wait_for(lambda: len(trainings(two)) == 2 and trainings(two))
     waiting = sender.start_line(WAVE_RUN)
     wait_for(lambda: "swarm/wave.py run" in subprocess.check_output(["ps", "-Ao", "args"], text=True))
