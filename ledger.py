@@ -123,7 +123,10 @@ def end_in_words(night):
 def rows_in_words(night):
     """How many rows there are. Those of final runs do not count for an end by rows."""
     finals = [run for run in night.runs.values() if run.is_done and run.role == "final"]
-    words = f"{len(rows_of(night)) - len(finals)} rows"
+    count = len(rows_of(night)) - len(finals)
+    words = f"{count} rows"
+    if count == 1:
+        words = "1 row"
     if finals:
         words += f" and {len(finals)} final"
     return words

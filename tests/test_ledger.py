@@ -293,7 +293,8 @@ def test_a_lost_record_is_begun_anew_from_the_first_commit(line, clone):
     assert subject == "autoresearch/test: start" and first == {"kind": "start", "time": first["time"]} | expected
     before = clone.record.read_text()
     assert json.loads(before) == first | {"commit": clone.whole()}
-    clone.commit()
+    clone.commit(1.0)
+    assert "night:       test, 1 row, until 40 rows\n" in clone.say()
     shutil.rmtree(clone.place)  # as in a `git clone`
     found = clone.json()
     assert (found["noise_floor"], found["to_beat"], found["runs"], found["next"]["command"]) == (None, None, [], RUN)
