@@ -315,7 +315,10 @@ def decide(decision):
     # a keep is a wish, which the rule decides as soon as there is a second run
     values = {"decision": "discard", "reason": "by hand"}
     if decision == "keep":
-        values = {"decision": "simpler", "reason": "kept if its second run is not worse, and once its wave is decided"}
+        values = {
+            "decision": "simpler",
+            "reason": "kept if its second run is not worse; in a wave, once that is decided",
+        }
     with recording(night.tag) as (night, place):
         append(place, night, {"kind": "decision", "time": now(), "commit": night.head, "by": "hand", **values})
     night, _, _, _ = refresh()

@@ -245,6 +245,12 @@ def off_the_line(book):
     book.idea("beside", 0.97, 0.97, 0.97)
 
 
+def with_threads(book):
+    (book.folder / "train.py").write_text("import threading\n")
+    book.git("add", "train.py")
+    book.idea("x", 0.98)
+
+
 AUDITS = {  # what happens after an honest baseline and a keep, and what the audit says of it
     "another score": (lambda book: book.idea("x", 0.98, journal={"val_bpb": 0.985}), "val_bpb is 0.98 in the record"),
     "another seed": (lambda book: book.idea("x", 0.98, journal={"seed": 9}), "seed is 1 in the record, 9 in the jou"),
@@ -254,6 +260,7 @@ AUDITS = {  # what happens after an honest baseline and a keep, and what the aud
     "missing line": (lambda book: book.idea("x", 0.98, journal=None), "scored, but the journal of this machine has no"),
     "dirty": (lambda book: book.idea("x", 0.98, journal={"dirty": True}), "uncommitted changes"),
     "a bug": (lambda book: book.idea("x", 0.8), "a gain of 19.2% in one step"),
+    "suspect lines": (with_threads, "train.py:1 starts threads or processes: import threading"),
     "by hand": (lambda book: book.add(book.journal, {"commit": book.start, "val_bpb": 1.0}), "1 runs by hand of its"),
     "unrecorded": (lambda book: book.add(book.journal, {"commit": book.start, "val_bpb": 1.0, "run": "x"}), "1 scored"),
     "off the line": (off_the_line, "does not descend from the keep before it"),
